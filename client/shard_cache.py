@@ -21,7 +21,7 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.split import split_shard
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.told import fitting_rows
+from atoll.tasks.data_info import fitting_rows
 
 logger = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.options import fedcompass_options
 from atoll.tasks import task_named
-from atoll.tasks.told import check_told, greeting_info, is_silent
+from atoll.tasks.data_info import check_info_stated, greeting_info, is_silent
 
 if TYPE_CHECKING:
     from atoll.kit.signed_replies import ReplySigner
@@ -170,7 +170,7 @@ class Site:
 
     def _refused_facts(self, job: Job) -> str:
         try:
-            check_told(job, task_named(job.task.name), at_a_site=True, has_budget=self._has_budget)
+            check_info_stated(job, task_named(job.task.name), at_a_site=True, has_budget=self._has_budget)
         except ConfigError as error:
             return str(error)
         return ""

@@ -13,7 +13,7 @@ from atoll.job.partitions import check_partition
 from atoll.plugins import Extension
 from atoll.strategies import check_merging
 from atoll.tasks import check_metrics, check_task, task_named
-from atoll.tasks.told import check_told, is_silent
+from atoll.tasks.data_info import check_info_stated, is_silent
 
 
 def check_named(job: Job) -> None:
@@ -104,4 +104,4 @@ def validate_for_deployment(job: Job) -> None:
         )
     check_source_options(job)
     if is_silent(job):
-        check_told(job, task_named(job.task.name), at_a_site=True)
+        check_info_stated(job, task_named(job.task.name), at_a_site=True)

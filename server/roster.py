@@ -16,7 +16,7 @@ from atoll.errors import ConfigError, did_you_mean
 from atoll.job.job import Job
 from atoll.protocol.messages import DataInfo, Hello
 from atoll.strategies.options import trusted_client
-from atoll.tasks.told import is_silent
+from atoll.tasks.data_info import is_silent
 
 logger = logging.getLogger(__name__)
 

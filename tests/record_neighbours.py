@@ -14,7 +14,7 @@ from atoll.tasks import task_named
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_bad_data import png
-from tests.test_told import (
+from tests.test_data_info import (
     GIVEN,
     ODD,
     OPTIONS,

@@ -22,8 +22,8 @@ from atoll.learning import trainable
 from atoll.learning.learner import Learner, sum_states
 from atoll.privacy.noise import seeded
 from atoll.protocol.random_streams import stream_seed
+from atoll.tasks.data_info import check_info_stated
 from atoll.tasks.intent.task import IGNORE_INDEX, INTENT
-from atoll.tasks.told import check_told
 from tests.test_backbones import tiny_bert
 
 ROWS = [
@@ -184,9 +184,9 @@ def test_slots_of_a_clients_own_must_not_be_told_under_a_promise() -> None:
     own = {"source": "./mine", "classes": ["a", "b"]}
     setting = job_of(privacy=privacy, data=own, federation={"cohort_rate": 0.5})
     with pytest.raises(ConfigError, match=r"task\.options\.tags: missing, expected the list of slot tags"):
-        check_told(setting, INTENT)
+        check_info_stated(setting, INTENT)
     given = {"name": "intent", "options": {"tags": ["B-place"]}}
-    check_told(job_of(privacy=privacy, data=own, federation={"cohort_rate": 0.5}, task=given), INTENT)
+    check_info_stated(job_of(privacy=privacy, data=own, federation={"cohort_rate": 0.5}, task=given), INTENT)
 
 
 def test_a_network_that_reads_no_words_is_refused() -> None:

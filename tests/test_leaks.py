@@ -19,8 +19,8 @@ from tests.job_grid import COSTLY, FILE, FIRST, LEFT_OUT, factors, job_in, keys,
 from tests.leaks import Leaving, check_leaving, run_of
 from tests.record_neighbours import TaskData, neighbours_of
 from tests.task_jobs import TABLES
+from tests.test_data_info import rows_that_do_not_fit_are_refused, sizes_are_told
 from tests.test_neighbours import PLANTS
-from tests.test_told import rows_that_do_not_fit_are_refused, sizes_are_told
 
 Row = dict[str, Any]
 ROWS: list[Row] = json.loads(FILE.read_text())

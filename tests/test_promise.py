@@ -10,7 +10,7 @@ from atoll.job.job import Job
 from atoll.job.privacy import cohort_is_secret, expected_cohort, local_steps
 from atoll.privacy.accounting import Release, epsilon
 from atoll.privacy.dp_plan import dp_plan_of
-from atoll.tasks.told import check_told
+from atoll.tasks.data_info import check_info_stated
 
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
 EXAMPLE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.05}
@@ -169,6 +169,6 @@ def test_classes_must_be_public_where_the_data_is_the_clients_own() -> None:
     task = task_named("image-classification")
     setting = job(CLIENT, data={"source": "/data/flowers"})
     with pytest.raises(ConfigError, match=r"data\.classes: missing, expected the list of classes"):
-        check_told(setting, task)
-    check_told(job(CLIENT, data={"source": "/data/x", "classes": ["a", "b"]}), task)
-    check_told(job(CLIENT), task)
+        check_info_stated(setting, task)
+    check_info_stated(job(CLIENT, data={"source": "/data/x", "classes": ["a", "b"]}), task)
+    check_info_stated(job(CLIENT), task)

@@ -788,7 +788,7 @@ ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
     ),
     "classes are listed from the data": (
         w.promises_that_cannot_be_kept_are_refused,
-        wrapped(atoll.learning.compatibility, "check_told", lambda original: lambda job, task: None),
+        wrapped(atoll.learning.compatibility, "check_info_stated", lambda original: lambda job, task: None),
     ),
 }  # fmt: skip
 

@@ -19,8 +19,8 @@ from atoll.job.job import DataSection, Job
 from atoll.learning.learner import Learner, sum_states
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from atoll.tasks.data_info import check_info_stated
 from atoll.tasks.intent.task import INTENT
-from atoll.tasks.told import check_told
 from tests.models import small_wav2vec2, small_whisper
 from tests.test_speech import learner_of as recogniser_of
 from tests.test_speech import sound, tones
@@ -229,8 +229,10 @@ def test_intents_must_be_named_under_a_promise_to_clients_and_examples_get_none(
     client = {"unit": "client"} | promise
     rate = {"clients": 4, "rounds": 1, "cohort_rate": 0.5}
     with pytest.raises(ConfigError, match=r"data\.classes: missing, expected the list of intents"):
-        check_told(job_of(privacy=client, federation=rate), INTENT)
-    check_told(job_of(privacy=client, federation=rate, data={"source": "./x", "classes": ["a", "b"]}), INTENT)
+        check_info_stated(job_of(privacy=client, federation=rate), INTENT)
+    check_info_stated(
+        job_of(privacy=client, federation=rate, data={"source": "./x", "classes": ["a", "b"]}), INTENT
+    )
     example = {"unit": "example", "sampling_rate": 0.5, "steps": 1} | promise
     with pytest.raises(ConfigError, match=r"privacy\.unit = 'example'.*from recordings"):
         INTENT.check(job_of(privacy=example, data={"source": "./x", "classes": ["a", "b"]}))

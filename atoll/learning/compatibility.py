@@ -12,8 +12,8 @@ from atoll.learning.determinism import check_device, enable_determinism
 from atoll.learning.objective.class_imbalance import check_imbalance, check_smoothing
 from atoll.learning.split import check_shots
 from atoll.protocol.messages import DataInfo
+from atoll.tasks.data_info import check_info_stated
 from atoll.tasks.task import Task
-from atoll.tasks.told import check_told
 
 if TYPE_CHECKING:
     from atoll.learning.learner import Learner
@@ -33,7 +33,7 @@ def check_fits(job: Job, task: Task) -> None:
             f" of an example; expected another, found {job.backbone.name!r}"
         )
     task.check(job)
-    check_told(job, task)
+    check_info_stated(job, task)
     check_imbalance(job, task)
     check_smoothing(job, task)
     check_shots(job, task)

@@ -15,7 +15,7 @@ from atoll.errors import ConfigError
 from atoll.job.extension_options import checked_options
 from atoll.job.job import Job
 from atoll.plugins import BUILT_IN, Extension, Registry, brought
-from atoll.tasks.told import ToldField
+from atoll.tasks.data_info import InfoField
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from atoll.tasks.task import Task
 
 __all__ = [
-    "METRICS", "NAME", "NUMBER", "NUMBERS", "TASKS", "TEXT", "Column", "Entry", "ModuleTask", "Task",
-    "ToldField", "check_metric_options", "check_metrics", "check_task", "headline_of", "task_named",
+    "METRICS", "NAME", "NUMBER", "NUMBERS", "TASKS", "TEXT", "Column", "Entry", "InfoField", "ModuleTask",
+    "Task", "check_metric_options", "check_metrics", "check_task", "headline_of", "task_named",
     "trains_on_features", "with_brought_metrics",
 ]  # fmt: skip
 

@@ -14,18 +14,18 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection
 from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
+from atoll.tasks.data_info import MOST_CLASSES, PINNED, InfoField
 from atoll.tasks.task import Task
-from atoll.tasks.told import MOST_CLASSES, PINNED, ToldField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 
-def names_told(
+def class_fields(
     key: str = "classes", what: str = "classes", at_most: int = MOST_CLASSES
-) -> tuple[ToldField, ...]:
+) -> tuple[InfoField, ...]:
     """What a greeting with names under that key tells: those of the data, unless the job gives them."""
-    return ToldField(key, "example", "data.classes", f"the list of {what}", "names", at_most), PINNED
+    return InfoField(key, "example", "data.classes", f"the list of {what}", "names", at_most), PINNED
 
 
 def rows_named(names: Sequence[str], data: DataSection) -> Sequence[int]:
@@ -65,7 +65,7 @@ def agreed(data_info: Sequence[DataInfo], key: str) -> list[str]:
 class Labelled(Task):
     """One of several classes for each example: a linear head, cross-entropy, accuracy, macro F1."""
 
-    told = names_told()
+    info_fields = class_fields()
 
     def targets(self, labels: Sequence[str], order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
         """The classes of rows in that order as numbers, [n].

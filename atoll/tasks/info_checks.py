@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.errors import DataError, InputError
 from atoll.job.job import Job
 from atoll.tasks.classes import pinned_names
-from atoll.tasks.told import PINNED, ToldField, fields_told
+from atoll.tasks.data_info import PINNED, InfoField, declared_fields
 
 if TYPE_CHECKING:
     from atoll.protocol.messages import DataInfo
@@ -29,7 +29,7 @@ def check_info(task: Task, job: Job, info: DataInfo) -> None:
     Raises:
         DataError: they aren't; the line names the field.
     """
-    fields = fields_told(task, job)
+    fields = declared_fields(task, job)
     if fields is not None:
         known = {field.name: field for field in fields}
         for name, value in info.items():
@@ -47,7 +47,7 @@ def check_info(task: Task, job: Job, info: DataInfo) -> None:
         raise DataError(f"the greeting's facts have a wrong form ({type(error).__name__})") from None
 
 
-def _check_field(field: ToldField, value: Any) -> None:
+def _check_field(field: InfoField, value: Any) -> None:
     match field.holds:
         case "flag":
             fits, expected = isinstance(value, bool), "true or false"
@@ -73,12 +73,12 @@ def _are_texts(value: Any, at_most: int) -> bool:
     )
 
 
-def _check_pinned(job: Job, info: DataInfo, fields: Sequence[ToldField]) -> None:
+def _check_pinned(job: Job, info: DataInfo, fields: Sequence[InfoField]) -> None:
     """Names are the job's where it gives them, and nobody else's."""
     if not any(field is PINNED for field in fields):
         return
     if bool(info.get(PINNED.name)) != (job.data.classes is not None):
         raise DataError("the greeting's pinned: expected true where the job gives data.classes, else nothing")
-    named = next(field.name for field in fields if field.given_by == "data.classes")
+    named = next(field.name for field in fields if field.job_key == "data.classes")
     if job.data.classes is not None and info.get(named) != pinned_names(job.data):
         raise DataError(f"the greeting's {named} are not the job's data.classes")

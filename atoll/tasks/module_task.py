@@ -31,9 +31,9 @@ from atoll.job.job import DataSection, Job
 from atoll.job.section import Options as Given
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
-from atoll.tasks.classes import Labelled, named, names_told, rows_named
+from atoll.tasks.classes import Labelled, class_fields, named, rows_named
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.schema_task import SchemaTask
-from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -172,11 +172,11 @@ class ModuleTask(SchemaTask, Labelled):
             return {}
         return named(set(dataset[self.label]), data, "classes", self.label)
 
-    def told_for(self, job: Job) -> Sequence[ToldField] | None:
-        """The field of the classes where `label` is set; a subclass that sets `told` overrides this."""
-        if "told" in vars(type(self)):
-            return self.told
-        return () if self.label is None else names_told()
+    def info_fields_for(self, job: Job) -> Sequence[InfoField] | None:
+        """The field of the classes where `label` is set; a subclass may set `info_fields` instead."""
+        if "info_fields" in vars(type(self)):
+            return self.info_fields
+        return () if self.label is None else class_fields()
 
     def fits(self, dataset: Dataset, data: DataSection, options: Given) -> Sequence[int]:
         return range(len(dataset)) if self.label is None else rows_named(dataset[self.label][:], data)

@@ -16,7 +16,7 @@ from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, DataSection, Job
 from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.told import ToldField
+from atoll.tasks.data_info import InfoField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,17 +85,17 @@ class Task(Protocol):
     inputs_in_words: str = ""
     """How inputs are preprocessed, for the first lines that a run prints; empty where nothing is printed."""
 
-    told: tuple[ToldField, ...] | None = None
+    info_fields: tuple[InfoField, ...] | None = None
     """The fields that `local_info` returns, and whose data each depends on; None where that is not declared.
 
-    A class that overrides `local_info` must set `told` too. Where the job promises privacy, uses a secure sum
-    or meets a site with a privacy budget, it must state every field that isn't public, and `local_info` is
-    called with no rows.
+    A class that overrides `local_info` must set `info_fields` too. Where the job promises privacy, uses a
+    secure sum or meets a site with a privacy budget, it must state every field that isn't public, and
+    `local_info` is called with no rows.
     """
 
-    def told_for(self, job: Job) -> Sequence[ToldField] | None:
-        """The fields that `local_info` returns for this job; by default `told`."""
-        return self.told
+    def info_fields_for(self, job: Job) -> Sequence[InfoField] | None:
+        """The fields that `local_info` returns for this job; by default `info_fields`."""
+        return self.info_fields
 
     def configured(self, job: Job, backbone: Backbone) -> Task:
         """The task set up for one job: its `task.options` are read here.

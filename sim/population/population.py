@@ -24,7 +24,7 @@ from atoll.sim.attacks.poisoned_labels import poisoned
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows
 from atoll.sim.population.partition import check_keys, partition
 from atoll.tasks import task_named
-from atoll.tasks.told import fitting_rows, greeting_info, is_silent
+from atoll.tasks.data_info import fitting_rows, greeting_info, is_silent
 
 
 @dataclass(frozen=True)

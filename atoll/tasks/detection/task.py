@@ -29,12 +29,12 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job
 from atoll.job.section import Count, Options, Section
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import agreed, named, names_told
+from atoll.tasks.classes import agreed, class_fields, named
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.detection.data import BOXES
 from atoll.tasks.detection.model import load_detector
 from atoll.tasks.drawing import boxes_over
 from atoll.tasks.schema_task import SchemaTask
-from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,9 +54,9 @@ class DetectionOptions(Section):
 class Detection(SchemaTask):
     """Targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class; -1 where none is."""
 
-    told = (
-        *names_told(),
-        ToldField(
+    info_fields = (
+        *class_fields(),
+        InfoField(
             "most", "example", "task.options.max_boxes", "the most boxes of a picture that are used", "number"
         ),
     )

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class Forecasting(Task):
     """Targets are [n, horizon + 2]: the values, the last one before them, and the series' scale."""
 
-    told = ()
+    info_fields = ()
 
     name: str = "forecasting"
     summary: str = "the next steps of a series; LSTM, GRU, PatchTST; MAE, RMSE, MASE, pinball loss, direction"

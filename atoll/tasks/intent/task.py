@@ -33,13 +33,13 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job
 from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import agreed, named, names_told, rows_named
+from atoll.tasks.classes import agreed, class_fields, named, rows_named
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.intent.audio_model import load_spoken_model
 from atoll.tasks.intent.text_model import load_command_model
 from atoll.tasks.losses import surprise
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.task import audio_inputs, audio_role, read_audio_input
-from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -49,8 +49,8 @@ IGNORE_INDEX = -100
 
 OUTSIDE = "O"
 
-TAGS = ToldField("tags", "example", "task.options.tags", "the list of slot tags", "names")
-PUBLIC_TAGS = ToldField("tags", "public", holds="names")
+TAGS = InfoField("tags", "example", "task.options.tags", "the list of slot tags", "names")
+PUBLIC_TAGS = InfoField("tags", "public", holds="names")
 
 
 class IntentOptions(Section):
@@ -153,10 +153,10 @@ class Intent(SchemaTask):
             return
         refuse_augment(job)
 
-    def told_for(self, job: Job) -> Sequence[ToldField]:
+    def info_fields_for(self, job: Job) -> Sequence[InfoField]:
         """Intents, and the tags of slots, which recordings have none of."""
         heard = options_of(job.task.options, IntentOptions).is_heard
-        return (*names_told("intents", "intents"), PUBLIC_TAGS if heard else TAGS)
+        return (*class_fields("intents", "intents"), PUBLIC_TAGS if heard else TAGS)
 
     def records(self, options: Options) -> Schema:
         return _records(options_of(options, IntentOptions))

@@ -50,7 +50,7 @@ _SOURCES = {"question": "prompt", "answer": "completion"}
 class LanguageModeling(SchemaTask):
     """Targets are [n, max_tokens + 1]: the learnt tokens, and how many bytes of text they write."""
 
-    told = ()
+    info_fields = ()
 
     options_kind: ClassVar[type[LanguageOptions]] = LanguageOptions
     model_kind: ClassVar[type[CausalModel]] = CausalModel

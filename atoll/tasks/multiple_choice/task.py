@@ -59,7 +59,7 @@ class Question:
 class MultipleChoice(LanguageModeling):
     """Targets are those of language modelling, of the right choice alone."""
 
-    told = ()
+    info_fields = ()
 
     options_kind: ClassVar[type[LanguageOptions]] = ChoiceOptions
     model_kind = ChoiceModel

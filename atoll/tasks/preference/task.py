@@ -51,7 +51,7 @@ class PreferenceOptions(LanguageOptions):
 class Preference(LanguageModeling):
     """Targets are [n]: 1 where both completions have a token to be told by, else 0."""
 
-    told = ()
+    info_fields = ()
 
     options_kind: ClassVar[type[LanguageOptions]] = PreferenceOptions
     model_kind = PairModel

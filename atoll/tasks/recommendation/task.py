@@ -26,12 +26,12 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job
 from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import names_told, pinned_names
+from atoll.tasks.classes import class_fields, pinned_names
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.losses import surprise
 from atoll.tasks.recommendation.data import HISTORIES, RecommendOptions, events, histories_of
 from atoll.tasks.recommendation.sasrec import load_recommender
 from atoll.tasks.task import Task
-from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +41,7 @@ IGNORE_INDEX = -100
 """A target that isn't there: in front of a short history."""
 
 MOST_ITEMS = 200_000
-TEXTS = ToldField(
+TEXTS = InfoField(
     "texts",
     "example",
     "task.options.texts",
@@ -49,7 +49,7 @@ TEXTS = ToldField(
     "texts",
     MOST_ITEMS,
 )
-UNREAD_TEXTS = ToldField("texts", "public", holds="texts", at_most=MOST_ITEMS)
+UNREAD_TEXTS = InfoField("texts", "public", holds="texts", at_most=MOST_ITEMS)
 """Under a promise they are made of no rows, and so empty unless the job gives them."""
 
 UNKNOWN = -1
@@ -80,10 +80,10 @@ class Recommendation(Task):
                 " data.classes, expected one for each"
             )
 
-    def told_for(self, job: Job) -> Sequence[ToldField]:
+    def info_fields_for(self, job: Job) -> Sequence[InfoField]:
         """The items, and their texts where the network reads them; else no text is told that isn't given."""
         read = "text" in job.backbone.options
-        return (*names_told("items", "items", MOST_ITEMS), TEXTS if read else UNREAD_TEXTS)
+        return (*class_fields("items", "items", MOST_ITEMS), TEXTS if read else UNREAD_TEXTS)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         diagnostics = Diagnostics()

@@ -40,11 +40,11 @@ from atoll.job.job import DataSection, Job
 from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.drawing import hex_colour, mask_over, mask_png
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.segmentation.data import IGNORED, MASKS, highest_class, read_mask
 from atoll.tasks.segmentation.segformer import load_segformer
-from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,9 +80,9 @@ class Segmenter(Model):
 class Segmentation(SchemaTask):
     """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
 
-    told = (
-        ToldField("classes", "example", CLASSES, "the list of classes", "names", IGNORED),
-        ToldField("highest", "example", CLASSES, "the list of classes", "number", IGNORED),
+    info_fields = (
+        InfoField("classes", "example", CLASSES, "the list of classes", "names", IGNORED),
+        InfoField("highest", "example", CLASSES, "the list of classes", "number", IGNORED),
     )
 
     name: str = "segmentation"

@@ -108,7 +108,7 @@ def _transcript(cell: Any, where: str) -> str:
 class SpeechRecognition(SchemaTask):
     """Targets are [n, longest]: the code points of each transcript, in lower case without punctuation."""
 
-    told = ()
+    info_fields = ()
 
     name: str = "speech-recognition"
     summary: str = "what was said; wav2vec2, HuBERT, Whisper's encoder, or a small one, with CTC; WER, CER"

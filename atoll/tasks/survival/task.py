@@ -27,6 +27,7 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job
 from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.survival.data import (
     EVENT,
     MOST_FEATURES,
@@ -42,7 +43,6 @@ from atoll.tasks.survival.data import (
 from atoll.tasks.survival.loss import cox_loss
 from atoll.tasks.survival.models import load_cox
 from atoll.tasks.task import Task
-from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,8 +55,8 @@ SHARED = "Cox's loss compares the examples of a batch with one another"
 class Survival(Task):
     """Inputs are numbers by the features' names; targets are [n, 2]: the time, and 1 for an event, else 0."""
 
-    told = (
-        ToldField(
+    info_fields = (
+        InfoField(
             "features", "example", "task.options.features", "the names of the columns that are features",
             "names", MOST_FEATURES,
         ),

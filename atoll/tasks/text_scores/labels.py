@@ -23,7 +23,7 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job
 from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import agreed, named, names_told, pinned_names
+from atoll.tasks.classes import agreed, class_fields, named, pinned_names
 from atoll.tasks.text_scores.encoded import TEXT, TextFeatures
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ LABELLED = Schema(
 class TextLabels(TextFeatures):
     """Targets are [n, labels]: 1 where a text has the label, else 0."""
 
-    told = names_told("labels", "labels")
+    info_fields = class_fields("labels", "labels")
 
     name: str = "text-labels"
     summary: str = "several labels at once for a text; any transformers encoder; macro F1, exact sets, mAP"

@@ -24,8 +24,8 @@ from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job
 from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.text_scores.encoded import TEXT, TextFeatures
-from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -46,9 +46,9 @@ class NumberOptions(Section):
 class TextRegression(TextFeatures):
     """Targets are [n, 1], standardised by the mean and deviation that all clients agree on."""
 
-    told = (
-        ToldField("moments", "example", "task.options.mean", "the mean and deviation of the numbers"),
-        ToldField("given", "public", holds="flag"),
+    info_fields = (
+        InfoField("moments", "example", "task.options.mean", "the mean and deviation of the numbers"),
+        InfoField("given", "public", holds="flag"),
     )
 
     name: str = "text-regression"

@@ -35,7 +35,7 @@ IGNORE_INDEX = -100
 class SequenceTask(SchemaTask):
     """Targets are [n, most + bytes]: the target's first tokens, then its text in UTF-8, to score."""
 
-    told = ()
+    info_fields = ()
 
     uses_pooled_features = False
     sees_targets = True

@@ -28,7 +28,7 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import BackboneSection, DataSection, Job
 from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import agreed, named, names_told, pinned_names
+from atoll.tasks.classes import agreed, class_fields, named, pinned_names
 from atoll.tasks.losses import surprise
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.token_classification.data import SENTENCES, words_cell
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 class TokenClassification(SchemaTask):
     """Targets are [n, most words]: the tag of each word."""
 
-    told = names_told("tags", "tags")
+    info_fields = class_fields("tags", "tags")
 
     name: str = "token-classification"
     summary: str = "a tag for each word: names, places; any transformers encoder; entity F1 (seqeval's)"

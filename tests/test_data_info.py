@@ -27,8 +27,8 @@ from atoll.protocol.messages import Failure, Hello, Update, hello_to_json
 from atoll.protocol.requests import EvaluateRequest, Request, TrainRequest
 from atoll.server.job_checks import validate_for_deployment
 from atoll.sim.population.population import Population
-from atoll.tasks import NAME, NUMBER, TASKS, ModuleTask, ToldField, task_named, told
-from atoll.tasks.told import check_told, fields_told
+from atoll.tasks import NAME, NUMBER, TASKS, InfoField, ModuleTask, data_info, task_named
+from atoll.tasks.data_info import check_info_stated, declared_fields
 from tests.small import believing
 from tests.task_data import ready
 from tests.task_jobs import TABLES, job_of
@@ -213,7 +213,7 @@ def test_each_field_of_a_greeting_is_declared(neighbours: Neighbours) -> None:
     """Of the job that gives everything, and of one that gives nothing."""
     task = task_named(neighbours.job.task.name)
     for setting in (neighbours.job, job_of(task.name, "full", data={"source": str(neighbours.plain)})):
-        fields = fields_told(task, setting)
+        fields = declared_fields(task, setting)
         assert fields is not None
         rows = task.read(neighbours.plain, setting.data, setting.task.options).train
         facts = task.local_info(rows, setting.data, setting.task.options)
@@ -226,12 +226,12 @@ def test_server_simulation_and_site_refuse_alike_what_the_job_has_not_given(
 ) -> None:
     given = with_tables(neighbours.job, SILENT[promise])
     task = task_named(given.task.name)
-    keys = [field.given_by for field in fields_told(task, given) or () if field.concerns != "public"]
+    keys = [field.job_key for field in declared_fields(task, given) or () if field.concerns != "public"]
     for key in dict.fromkeys(keys):
         setting = without(given, key)
         said = rf"^{key.replace('.', '[.]')}: missing, expected "
         with pytest.raises(ConfigError, match=said):
-            check_told(setting, task)
+            check_info_stated(setting, task)
         with pytest.raises(ConfigError, match=said) as refused:
             validate_for_deployment(setting)
         assert "\n" not in str(refused.value)
@@ -260,7 +260,7 @@ def without(setting: Job, key: str) -> Job:
 def test_every_task_says_what_its_greetings_tell() -> None:
     assert set(ODD) == set(TASKS)
     for name in TASKS:
-        assert fields_told(task_named(name), job_of(name, "full")) is not None
+        assert declared_fields(task_named(name), job_of(name, "full")) is not None
 
 
 DATA = job_of("object-detection", "full").data
@@ -275,9 +275,11 @@ def test_the_page_on_privacy_lists_what_is_declared(name: str) -> None:
     setting = job_of(name, "full")
     if name == "recommendation":  # with texts that the network reads
         setting = with_tables(setting, {"backbone": {"options": {"text": "hf:any"}}})
-    fields = [field for field in fields_told(task_named(name), setting) or () if field.concerns != "public"]
+    fields = [
+        field for field in declared_fields(task_named(name), setting) or () if field.concerns != "public"
+    ]
     assert re.findall("`(.*?)`", tells) == [field.name for field in fields]
-    assert re.findall("`(.*?)`", gives) == list(dict.fromkeys(field.given_by for field in fields))
+    assert re.findall("`(.*?)`", gives) == list(dict.fromkeys(field.job_key for field in fields))
     assert fields or tells.strip() == "nothing"
 
 
@@ -398,12 +400,12 @@ def test_the_texts_of_items_are_told_by_the_job_or_not_at_all(tmp_path: Path) ->
     plain = with_tables(job_of("recommendation", "full"), {"data": data})
     assert task.local_info(rows, plain.data, plain.task.options)["texts"] == [CANARY, CANARY, ""]
     private = with_tables(plain, SILENT["client"])
-    assert told.greeting_info(private, task, rows)["texts"] == ["", "", ""]
+    assert data_info.greeting_info(private, task, rows)["texts"] == ["", "", ""]
     reading = with_tables(private, {"backbone": {"options": {"text": "hf:any"}}})
     with pytest.raises(ConfigError, match=r"^task\.options\.texts: missing, expected the items' texts"):
-        check_told(reading, task)
+        check_info_stated(reading, task)
     given = with_tables(reading, {"task": {"options": {"texts": ["x", "y", "z"]}}})
-    facts = told.greeting_info(given, task, rows)
+    facts = data_info.greeting_info(given, task, rows)
     assert facts == {"items": ["a", "b", "c"], "texts": ["x", "y", "z"], "pinned": True}
     assert task.merge_info([facts, facts]) == {"items": ["a", "b", "c"], "texts": ["x", "y", "z"]}
     few = with_tables(reading, {"task": {"options": {"texts": ["x"]}}})
@@ -426,7 +428,7 @@ class Untold(ModuleTask):
 
 class Telling(Untold):
     name = "telling"
-    told = (ToldField("towns", "example", "data.classes", "the list of towns"),)
+    info_fields = (InfoField("towns", "example", "data.classes", "the list of towns"),)
 
     def local_info(self, dataset: Any, data: Any, options: Any) -> dict[str, Any]:
         return {"towns": list(data.classes or sorted(set(dataset["town"])))}
@@ -447,35 +449,35 @@ def private(**data: Any) -> Job:
 
 def test_an_extension_that_declares_nothing_is_refused_under_a_promise() -> None:
     with pytest.raises(ConfigError, match=r"task\.name: untold does not declare what its greetings tell"):
-        check_told(private(), Untold())
-    check_told(job_of("forecasting", "full", data={"source": "/data/houses"}), Untold())
+        check_info_stated(private(), Untold())
+    check_info_stated(job_of("forecasting", "full", data={"source": "/data/houses"}), Untold())
 
 
 def test_an_extension_gives_what_it_declares() -> None:
     with pytest.raises(ConfigError, match=r"data\.classes: missing, expected the list of towns"):
-        check_told(private(), Telling())
-    check_told(private(classes=["north", "south"]), Telling())
-    check_told(private(), Houses())
+        check_info_stated(private(), Telling())
+    check_info_stated(private(classes=["north", "south"]), Telling())
+    check_info_stated(private(), Houses())
     with pytest.raises(ConfigError, match=r"data\.classes: missing, expected the list of classes"):
-        check_told(private(), Kinds())
+        check_info_stated(private(), Kinds())
 
 
 def test_a_declared_field_that_no_key_gives_is_refused() -> None:
     class Odd(Untold):
-        told = (ToldField("towns", "client"),)
+        info_fields = (InfoField("towns", "client"),)
 
         def local_info(self, dataset: Any, data: Any, options: Any) -> dict[str, Any]:
             return {"towns": sorted(set(dataset["town"]))}
 
     with pytest.raises(ConfigError, match="no key of the job can give it"):
-        check_told(private(classes=["north"]), Odd())
+        check_info_stated(private(classes=["north"]), Odd())
 
 
 # Sabotage
 
 
 def everything_is_public(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(told, "_is_public", lambda job, at_a_site: True)
+    patch.setattr(data_info, "_is_public", lambda job, at_a_site: True)
 
 
 def sizes_are_told(patch: pytest.MonkeyPatch) -> None:
@@ -487,17 +489,19 @@ def sizes_are_told(patch: pytest.MonkeyPatch) -> None:
 def rows_that_do_not_fit_are_refused(patch: pytest.MonkeyPatch) -> None:
     """And rows are looked at for the greeting."""
     patch.setattr(
-        told, "greeting_info", lambda job, task, rows, **_: task.local_info(rows, job.data, job.task.options)
+        data_info,
+        "greeting_info",
+        lambda job, task, rows, **_: task.local_info(rows, job.data, job.task.options),
     )
     import atoll.client.site
 
-    patch.setattr(atoll.client.site, "greeting_info", told.greeting_info)
+    patch.setattr(atoll.client.site, "greeting_info", data_info.greeting_info)
 
 
 def the_site_does_not_look(patch: pytest.MonkeyPatch) -> None:
     import atoll.client.site
 
-    patch.setattr(atoll.client.site, "check_told", lambda job, task, **more: None)
+    patch.setattr(atoll.client.site, "check_info_stated", lambda job, task, **more: None)
     patch.setattr(
         atoll.client.site, "greeting_info",
         lambda job, task, rows, **_: task.local_info(rows, job.data, job.task.options),
