@@ -1,1 +1,1 @@
-"""Rounds that don't wait for one another: clients train while others' updates are merged."""
+"""Asynchronous rounds: clients go on training while the server merges other clients' updates."""

@@ -1,4 +1,4 @@
-"""Requests to clients that are not waited for: what comes meanwhile is kept until it is asked for."""
+"""Requests that the server doesn't wait for: replies are stored as they arrive, until a round takes them."""
 
 from __future__ import annotations
 
@@ -12,31 +12,37 @@ from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request
 
 LOOK_SECONDS = 0.1
-"""How long to sleep before looking again whether something has come."""
+"""The pause between two checks for new replies."""
 
 
 @runtime_checkable
 class AsksAhead(Protocol):
-    """A transport whose clients work while the server does something else."""
+    """A transport that can send a request without waiting for the replies."""
 
     def ask_ahead(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply | None]:
-        """Replies of the named clients; None whenever no more has come yet, the end at the deadline."""
+        """The named clients' replies as they arrive, and None whenever nothing new has arrived yet.
+
+        The iterator ends when all have replied, or `timeout` seconds after the request.
+        """
         ...
 
 
-def _made(keep: Callable[[Reply], Reply], reply: Reply | None) -> Reply | None:
+def _mapped(keep: Callable[[Reply], Reply], reply: Reply | None) -> Reply | None:
     return None if reply is None else keep(reply)
 
 
 @dataclass
 class Conversation:
-    """One request under way: the clients that haven't replied to it yet, and their replies as they come."""
+    """One request in progress: the clients that haven't replied yet, and the iterator over their replies."""
 
     waiting: set[str]
     replies: Iterator[Reply | None]
 
     def look(self) -> Iterator[tuple[str, Reply | None]]:
-        """(client, what it sent) of those that are done by now; past the deadline all, some with nothing."""
+        """(client, reply) for each client that has finished since the last call.
+
+        Past the request's deadline, every client that hasn't replied is returned with None.
+        """
         for reply in self.replies:
             if reply is None:
                 return
@@ -50,7 +56,7 @@ class Conversation:
 
 @dataclass
 class AskedAhead:
-    """Conversations under way, all looked at in turn by one thread, and what clients have sent in them.
+    """All requests in progress and the replies that have arrived; one thread polls the requests in turn.
 
     A client is done when it has replied, or when the deadline of its request has passed.
     """
@@ -59,46 +65,49 @@ class AskedAhead:
     timeout: float
     under_way: list[Conversation] = field(default_factory=list)
     done: dict[str, Reply | None] = field(default_factory=dict)
-    """What each client sent that is done, if anything, in the order in which they were."""
+    """The reply of each client that is done, None if it sent none, in the order in which they finished."""
 
     def ask(
         self, request: Request, names: Sequence[str], keep: Callable[[Reply], Reply] = lambda reply: reply
     ) -> None:
-        """Send a request and wait for nothing; of what comes back, what `keep` makes of it is kept."""
-        come = self.carrier.ask_ahead(request, names, self.timeout)
-        replies = map(partial(_made, keep), come)  # which holds no reply while the next is waited for
+        """Send a request to the named clients without waiting; `keep(reply)` is stored for each reply."""
+        arriving = self.carrier.ask_ahead(request, names, self.timeout)
+        replies = map(partial(_mapped, keep), arriving)  # keeps no reference to a reply it has passed on
         self.under_way.append(Conversation(set(names), replies))
         self._look()
 
     @property
     def waiting(self) -> set[str]:
-        """Who was asked and isn't done."""
+        """The clients that were asked and aren't done."""
         return set().union(*(conversation.waiting for conversation in self.under_way))
 
     def has_asked(self, client: str) -> bool:
-        """Whether a client was asked for something that wasn't taken yet."""
+        """Whether a client has a request whose reply hasn't been taken yet."""
         return client in self.done or client in self.waiting
 
     def first(self, count: int) -> list[str]:
-        """The clients that were done first, so many or all that were asked, by name; waits for them."""
+        """The `count` clients that finished first, sorted by name; waits for them.
+
+        Fewer, where fewer were asked.
+        """
         while len(self.done) < count and self.waiting:
             self._wait()
         return sorted(list(self.done)[:count])
 
     def until(self, enough: Callable[[Collection[str]], bool]) -> None:
-        """Look again and again, until what is asked of the clients that are done is true."""
+        """Wait until `enough(names)` is true of the names of the clients that are done."""
         while not enough(self.done.keys()):
             self._wait()
 
     def take(self, clients: Sequence[str]) -> list[Reply]:
-        """What those clients sent, and forget it; waits until they are done."""
+        """Remove and return the replies of these clients, once all of them are done."""
         while self.waiting & set(clients):
             self._wait()
         sent = [self.done.pop(client) for client in clients]
         return [reply for reply in sent if reply is not None]
 
     def close(self) -> None:
-        """Wait for nobody any more."""
+        """Drop all requests in progress."""
         self.under_way.clear()
 
     def _wait(self) -> None:
@@ -108,7 +117,7 @@ class AskedAhead:
             time.sleep(LOOK_SECONDS)
 
     def _look(self) -> None:
-        """Take in what has come in every conversation."""
+        """Store what has arrived for every request."""
         for conversation in self.under_way:
             self.done.update(conversation.look())
         self.under_way = [conversation for conversation in self.under_way if conversation.waiting]

@@ -1,8 +1,9 @@
-"""Which clients are at work, since which model, and when each will be done by a virtual clock.
+"""The clients at work in an asynchronous run: the model each started from, and when it will be done.
 
-The clock is virtual so that bits don't depend on how fast a machine is: how long a client takes is either
-what its device takes (`federation.devices`) or, as in FedBuff's experiments (Nguyen et al. 2022), the
-absolute value of a standard normal number, drawn from the job's seed for each client and each start.
+Times are of a virtual clock, so that results don't depend on how fast a machine is. A client's duration is
+what its device takes (`federation.devices`); without devices it is, as in FedBuff's experiments (Nguyen et
+al. 2022), the absolute value of a standard normal number, drawn from the job's seed for each client and each
+start.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ from atoll.server.rounds.participation import CohortRequest, Participation
 from atoll.strategies.strategy import State
 
 NOW, START, LANDS, MODEL = "flights.now", "flights.start.", "flights.lands.", "flights.model."
-"""Names in a checkpoint: the clock; by client its start and its end; by number of merges the models."""
+"""Names in a checkpoint: the clock; prefixes of each client's start and end, and of the stored models."""
 BEGINS, STEPS, GROUP = "flights.begins.", "flights.steps.", "flights.group."
-"""The same, where the server gives each client its number of steps: by client."""
+"""Further prefixes of a client's entries, where the server gives each client its number of steps."""
 OF_A_CLIENT = (START, LANDS, BEGINS, STEPS, GROUP)
 
 Task = tuple[int, int]
-"""What a client is asked: (number of merges before it started, local steps or 0 for what the job says)."""
+"""(number of merges before the client started, its local steps; 0: as many as the job says)."""
 
 
 @runtime_checkable
 class WorkTimes(Protocol):
-    """How long clients take."""
+    """The durations of clients' tasks."""
 
     def arrivals(self, call: CohortRequest) -> Sequence[float]:
-        """Virtual seconds from a call to each client's reply; infinite for one that isn't there."""
+        """Virtual seconds from a request to each client's reply; infinite for an unavailable client."""
         ...
 
 
 @dataclass(frozen=True)
 class HalfNormalTimes:
-    """|N(0, 1)| for each client and start, in no unit."""
+    """Durations |N(0, 1)|, without a unit, drawn anew for each client and start."""
 
     seed: int
 
     def arrivals(self, call: CohortRequest) -> Sequence[float]:
-        """A number for each client of the call, which depends on its name and on the round alone."""
+        """One duration per client of the request; it depends only on the client's name and the round."""
         return [self._of(client, call.round) for client in call.cohort]
 
     def _of(self, client: str, round: int) -> float:
@@ -56,15 +57,16 @@ class HalfNormalTimes:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """|N(0, 1)| for each local step of a client, in no unit, times exp(N(0, 1) / 10) for each of its starts.
+    """Durations steps * s * exp(N(0, 1) / 10), without a unit, where s = |N(0, 1)| is fixed for each client.
 
-    So clients differ in speed, and each takes about as long as it last took.
+    The last factor is drawn anew for each start: clients differ in speed, and each takes about as long as
+    it took the last time.
     """
 
     seed: int
 
     def arrivals(self, call: CohortRequest) -> Sequence[float]:
-        """Seconds of each client of the call for its number of local steps."""
+        """One duration per client of the request, for the request's number of local steps."""
         assert call.steps is not None
         return [call.steps * self._of_a_step(client, call.round) for client in call.cohort]
 
@@ -78,10 +80,10 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Flight:
-    """One client at work: after how many merges it started, and when it is done.
+    """One client at work: `start` merges happened before it started, and it is done at the time `lands`.
 
-    Where the server gives clients their numbers of local steps, it has that number, when the client began by
-    the clock, and the number of the group that shall be done together; 0 for one of whom no speed is known.
+    Where the server gives clients their numbers of local steps, `steps` is that number, `begins` the time at
+    which the client started, and `group` the number of its group, 0 for a client in none.
     """
 
     start: int
@@ -92,43 +94,46 @@ class Flight:
 
     @property
     def task(self) -> Task:
-        """What the client is asked."""
+        """What the client was asked to do."""
         return self.start, self.steps
 
 
 @dataclass
 class Flights:
-    """Clients at work, the models that they started from by number of merges, and the virtual clock."""
+    """The clients at work, the models that they started from (by number of merges), and the clock's time."""
 
     now: float = 0.0
     by_client: dict[str, Flight] = field(default_factory=dict)
     models: dict[int, Tensors] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
-    """Whose updates the round under way merges."""
+    """The clients whose updates the current round merges."""
     merges: float | None = None
-    """When it merges them; None: as soon as the last of them is done."""
+    """The time at which it merges them; None: as soon as the last of them is done."""
     groups: ArrivalGroups = field(default_factory=ArrivalGroups)
     """The clients' speeds and groups, where the server gives them their numbers of local steps."""
 
     def begin(self, start: int, model: Tensors, arrivals: Mapping[str, float]) -> None:
-        """Let clients start from the model after so many merges; whoever isn't there doesn't."""
+        """Start clients from `model`, made by `start` merges; `arrivals` are their durations in seconds.
+
+        A client whose duration is infinite isn't available and doesn't start.
+        """
         there = {client: float(seconds) for client, seconds in arrivals.items() if math.isfinite(seconds)}
         self.by_client |= {client: Flight(start, self.now + seconds) for client, seconds in there.items()}
         if there:
             self.models[start] = model
 
     def due(self, count: int) -> list[str]:
-        """The clients that are done first, so many at most, sorted by name; names decide between equals."""
+        """At most `count` clients that are done first, sorted by name; of equal times the lower name wins."""
         order = sorted(self.by_client, key=lambda client: (self.by_client[client].lands, client))
         return sorted(order[:count])
 
     def by_task(self, clients: Sequence[str]) -> dict[Task, list[str]]:
-        """Those clients by what they are asked, in order."""
+        """These clients grouped by task; tasks in ascending order, clients in the order given."""
         tasks = sorted({self.by_client[client].task for client in clients})
         return {task: [client for client in clients if self.by_client[client].task == task] for task in tasks}
 
     def land(self) -> None:
-        """The called are done: the clock goes on to their merge, and models of which nobody is left go."""
+        """Remove the clients in `called`, set the clock to their merge, and drop models no longer in use."""
         self.now = self._end(self.called)
         for client in self.called:
             del self.by_client[client]
@@ -136,17 +141,17 @@ class Flights:
         self.models = {start: model for start, model in self.models.items() if start in in_use}
 
     def timed(self, call: CohortRequest) -> Participation:
-        """All who are called, and how long the step lasts; a second attempt takes no virtual time."""
+        """All called clients and the round's duration; a second attempt takes no virtual time."""
         end = self._end(call.cohort) if call.attempt == 1 else self.now
         return Participation(call.cohort, end - self.now)
 
     def _end(self, called: Sequence[str]) -> float:
-        """When those clients are merged."""
+        """The time at which these clients are merged."""
         ends = [self.by_client[client].lands for client in called] if self.merges is None else [self.merges]
         return max([self.now, *ends])
 
     def saved(self) -> State:
-        """What a checkpoint keeps; nothing where nobody was ever at work."""
+        """The clock, clients and models as entries of a checkpoint; empty if no client ever started."""
         if not self.by_client and not self.now:
             return {}
         state: State = {NOW: self.now, **self.groups.saved()}
@@ -162,7 +167,7 @@ class Flights:
         return state
 
     def resume(self, state: State) -> State:
-        """Take back what `saved` said; what is left is others'."""
+        """Load the entries that `saved` wrote; returns the remaining entries of the checkpoint."""
         self.now = float(state.get(NOW, 0.0))
         clients = [name.removeprefix(START) for name in state if name.startswith(START)]
         self.by_client = {client: _resumed(client, state) for client in clients}
@@ -176,7 +181,7 @@ class Flights:
 
 
 def _resumed(client: str, state: State) -> Flight:
-    """A client's flight of a checkpoint; one that is only known to be at work is done at no known time."""
+    """A client's flight read from a checkpoint; without a stored end time, the end is infinite."""
     return Flight(
         start=int(float(state[START + client])),
         lands=float(state.get(LANDS + client, math.inf)),

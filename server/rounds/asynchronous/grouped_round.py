@@ -1,7 +1,7 @@
-"""A round of FedCompass: whoever starts gets a number of local steps, and a group is merged as it is done.
+"""A round of FedCompass: each starting client gets a number of local steps; a round merges one group.
 
-Speeds are those of the clock by which clients are done: the virtual one, or with `federation.order =
-"arrival"` at real sites the server's own, which runs while the server does.
+Speeds are measured by the virtual clock, or with `federation.order = "arrival"` and real sites by the
+server's own clock, which doesn't count the time in which the server is stopped.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from atoll.strategies.strategy import Strategy
 
 @dataclass
 class ServerClock:
-    """Seconds that a run has taken, with those before it was resumed."""
+    """The seconds that a run has taken so far, including those before it was resumed."""
 
     begin: float | None = None
 
     def read(self, before: float) -> float:
-        """The seconds by now; `before` is what they were when the run was resumed."""
+        """The seconds until now; `before` is their number at the time the run was resumed."""
         if self.begin is None:
             self.begin = time.monotonic() - before
         return time.monotonic() - self.begin
@@ -37,12 +37,12 @@ class ServerClock:
 
 @dataclass(frozen=True)
 class GroupedRound(AsynchronousRound):
-    """Updates of one group, or of one client that is in none or late."""
+    """A round that merges the updates of one group, or of one client that is late or in no group."""
 
     options: FedCompassOptions
     clock: ServerClock = field(default_factory=ServerClock)
     done_at: dict[str, float] = field(default_factory=dict)
-    """By the server's clock, when clients were done that aren't merged yet."""
+    """The server's time at which each client finished; only clients that aren't merged yet."""
 
     def sample(self, run: Run, round: int) -> list[str]:
         flights, by_arrival = run.state.flights, self._goes_by_arrival(run)
@@ -60,7 +60,7 @@ class GroupedRound(AsynchronousRound):
         return self.ahead is not None and run.setup.job.federation.order == "arrival"
 
     def _start(self, run: Run, starters: Sequence[str], round: int) -> None:
-        """Give each its steps and its group, and let it start; whoever isn't there doesn't."""
+        """Start each available client with its number of steps and its group."""
         flights, (down, up) = run.state.flights, self.bytes_per_client(run)
         for client in flights.groups.in_order(starters):
             steps, number, group = flights.groups.assigned(
@@ -74,7 +74,7 @@ class GroupedRound(AsynchronousRound):
                 flights.by_client[client] = replace(flight, steps=steps, begins=flights.now, group=number)
 
     def _may_merge(self, flights: Flights, done: Collection[str]) -> bool:
-        """Whether the next merge is due by the server's clock, when those clients are done."""
+        """Whether the next merge is due by the server's clock, given the clients that are done."""
         now = self.clock.read(flights.now)
         for client in done:
             self.done_at.setdefault(client, now)
@@ -103,7 +103,7 @@ class GroupedRound(AsynchronousRound):
 def grouped_round(
     job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel, options: FedCompassOptions
 ) -> GroupedRound:
-    """The kind of a FedCompass job's rounds; a `clock` of devices says how long a client's steps take."""
+    """The rounds of a FedCompass job; clients' durations come from `clock` where it simulates devices."""
     plain = asynchronous_round(job, carrier, strategy, clock)
     times = clock if isinstance(clock, WorkTimes) else StepTimes(job.seed)
     return GroupedRound(plain.reply_transforms, plain.validate, plain.late, times, plain.ahead, options)

@@ -1,15 +1,16 @@
-"""A round of FedBuff or FedAsync: the first K clients to be done are merged, and others go on working.
+"""A round of FedBuff or FedAsync: the first K clients to finish are merged, and the others go on training.
 
-A round fills every free place with a client that starts from the model of now, then waits for the K that are
-done first by the virtual clock (`flights`), and merges them. A place that becomes free is filled when the
-next model is made, so that nobody starts from a model that is about to be replaced. A client is at work once
-at a time, and so is in a buffer once at most.
+At most `federation.concurrency` clients are at work. A round first starts new clients from the current model
+until that number is reached, then waits for the K that finish first by the virtual clock (`flights`), and
+merges their updates. Merged clients are replaced only at the begin of the next round, so no client starts
+from a model that is about to be replaced. A client is at work at most once at a time, and so in a buffer at
+most once.
 
-Simulated clients train when they are due, from the model that they started from, which is kept until then:
-the numbers are the same, and a run that is killed loses nothing of those at work. Real sites are asked when
-they start (`ahead`), and again when a server that was killed goes on.
+Simulated clients train only when they are due, from the stored model that they started from: the results are
+the same, and a killed run loses no client's work. Real sites are asked when they start (`ahead`), and again
+when a killed server is resumed.
 
-`grouped_round` has FedCompass's rounds, which merge others than the first K.
+`grouped_round` has FedCompass's rounds, which choose the clients to merge differently.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from atoll.strategies.strategy import Strategy
 
 @dataclass(frozen=True)
 class AsynchronousRound(PlainRound):
-    """Updates from several starts, each as `late` has it count."""
+    """A round that merges updates from several starts, each transformed by the strategy's `late`."""
 
     late: MergesLate
     times: WorkTimes
     ahead: AskedAhead | None
 
     def sample(self, run: Run, round: int) -> list[str]:
-        """Fill the free places, and name the clients that are done first."""
+        """Start clients until enough are at work; returns the names of those that finish first."""
         federation, flights = run.setup.job.federation, run.state.flights
         assert federation.cohort is not None
         starters = self.starters(run, round)
@@ -59,7 +60,7 @@ class AsynchronousRound(PlainRound):
         return flights.called
 
     def starters(self, run: Run, round: int) -> list[str]:
-        """The idle clients that take the free places, sorted."""
+        """The idle clients to start in this round, drawn at random, sorted by name."""
         federation, flights = run.setup.job.federation, run.state.flights
         assert federation.concurrency is not None
         free = federation.concurrency - len(flights.by_client)
@@ -72,7 +73,7 @@ class AsynchronousRound(PlainRound):
         for task, members in flights.by_task(names).items():
             start, gathered = task[0], self._of_task(run, task, members, attempt)
             drift = Drift(flights.models[start], run.state.tensors)
-            updates += self._as_they_count(run, gathered.updates, drift, round - 1 - start, round)
+            updates += self._transformed(run, gathered.updates, drift, round - 1 - start, round)
             set_aside |= gathered.set_aside
             staleness |= dict.fromkeys((update.client for update in gathered.updates), round - 1 - start)
         updates.sort(key=lambda update: update.client)
@@ -81,7 +82,7 @@ class AsynchronousRound(PlainRound):
         )
 
     def _ask_those_at_work(self, run: Run) -> None:
-        """Send a request to every client at work that wasn't asked yet, where that can be done ahead."""
+        """Send a request to every client at work that has none yet, if the transport can do so ahead."""
         if self.ahead is None:
             return
         flights = run.state.flights
@@ -91,7 +92,7 @@ class AsynchronousRound(PlainRound):
                 self.ahead.ask(_request(run, task), waiting, run.reply_on_disk)
 
     def _of_task(self, run: Run, task: Task, members: Sequence[str], attempt: int) -> ValidatedUpdates:
-        """What clients send that started after so many merges: they train as if the round had been theirs."""
+        """The updates of clients with the same task; each trains as in the round in which it started."""
         start, _ = task
         model = run.state.flights.models[start]
         replies: Iterable[Reply]
@@ -107,7 +108,7 @@ class AsynchronousRound(PlainRound):
         if self.ahead is not None:
             self.ahead.close()
 
-    def _as_they_count(
+    def _transformed(
         self, run: Run, updates: Sequence[Update], drift: Drift, staleness: int, round: int
     ) -> Sequence[Update]:
         if isinstance(updates, StackedUpdates):
@@ -126,7 +127,7 @@ class AsynchronousRound(PlainRound):
 
 
 def _request(run: Run, task: Task) -> TrainRequest:
-    """To train from the model after so many merges, for so many local steps where the task says it."""
+    """The request to train from the model after `task[0]` merges, with `task[1]` local steps if not 0."""
     start, steps = task
     round = start + 1
     plan = dict(run.setup.strategy.plan(run.state.strategy_state, round))
@@ -138,7 +139,7 @@ def _request(run: Run, task: Task) -> TrainRequest:
 def asynchronous_round(
     job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel
 ) -> AsynchronousRound:
-    """The kind of a job's rounds that don't wait for all; a `clock` of devices says how long clients take."""
+    """The rounds of a FedBuff or FedAsync job; durations come from `clock` where it simulates devices."""
     ahead = AskedAhead(carrier, job.federation.round_timeout) if isinstance(carrier, AsksAhead) else None
     times = clock if isinstance(clock, WorkTimes) else HalfNormalTimes(job.seed)
     late = cast(MergesLate, strategy)
