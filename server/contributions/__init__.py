@@ -1,1 +1,1 @@
-"""What each client's updates did for the model: a file a method, and how a run measures it."""
+"""Contributions: how much each client's updates improved the model; one file per method of attribution."""

@@ -1,8 +1,8 @@
-"""What is lost without a client: the value of all updates minus that of all others'.
+"""Leave-one-out contributions: the value of all updates minus the value without one client's update.
 
-For a game with players N and a value v(S) of each coalition S, player i's is v(N) - v(N without i). It needs
-one merge more than there are players. Of two clients with the same data neither contributes much by it, for
-each makes up for the other; Shapley's value shares what they add between them.
+For a game with players N and a value v(S) of each coalition S, player i's contribution is v(N) - v(N without
+i). It takes one merge more than there are players. Two clients with the same data get small contributions,
+because each can replace the other; Shapley values divide their joint contribution between them instead.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Coalition = tuple[int, ...]
-"""Players by their numbers from 0, in order."""
+"""Players, numbered from 0, in ascending order."""
 Game = Callable[[Coalition], float]
-"""What a coalition is worth; NaN where that is undefined."""
+"""The value of a coalition; NaN where it is undefined."""
 
 
 def leave_one_out(players: int, value: Game) -> list[float]:

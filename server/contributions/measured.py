@@ -1,9 +1,9 @@
-"""Contributions of a run's clients: in each round, by merging the updates of some of its clients alone.
+"""Contributions of a run's clients, measured in each round by merging the updates of subsets of its clients.
 
-The value of a coalition of a round's clients is the headline metric, on the server's test set, of the model
-that the run's own merge makes of their updates alone; of no clients, that of the model before the round.
-Nothing is trained again. A client's contribution to the run is the sum over its rounds (Song et al. 2019,
-multi-round reconstruction). A metric of which less is better counts negatively, so more is always better.
+The value of a coalition of a round's clients is the task's primary metric, on the server's test set, of the
+model that results from merging only their updates; for no clients, that of the model before the round.
+Nothing is retrained. A client's contribution to the run is the sum over its rounds (Song et al. 2019,
+multi-round reconstruction). A metric for which lower is better is negated, so that more is always better.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from atoll.tasks.metric_values import defined
 
 @dataclass
 class RoundGame:
-    """What each coalition of a round's clients is worth; every one is measured once at most."""
+    """The value of each coalition of a round's clients; each is measured at most once."""
 
     run: Run
     updates: Sequence[Update]
@@ -36,7 +36,7 @@ class RoundGame:
     known: dict[Coalition, float] = field(default_factory=dict)
 
     def __call__(self, coalition: Coalition) -> float:
-        """The value of clients by their places among the updates; NaN where the metric is undefined."""
+        """The value of the clients with these indices in `updates`; NaN where the metric is undefined."""
         if coalition not in self.known:
             self.known[coalition] = self._measured(coalition)
         return self.known[coalition]
@@ -54,9 +54,9 @@ class RoundGame:
 
 
 def round_contributions(run: Run, updates: Sequence[Update], round: int) -> RoundExtras:
-    """For the round's line: what each client's update added, None where undefined; empty if not asked for.
+    """Each client's contribution to this round, for its log line; empty if the job doesn't ask for it.
 
-    To be called before the round's updates are merged.
+    A contribution is None where it is undefined. Must be called before the round's updates are merged.
     """
     job = run.setup.job
     if job.evaluate.contributions is None:
@@ -74,10 +74,10 @@ def round_contributions(run: Run, updates: Sequence[Update], round: int) -> Roun
 
 
 def run_contributions(run: Run) -> Contributions | None:
-    """For `result.json`: each client's sum over rounds, None where undefined; None if not asked for.
+    """Each client's contribution summed over rounds, for `result.json`; None if the job doesn't ask for it.
 
-    `rounds` are those in which it sent an update, `undefined` how many of them have no value. Of very many
-    clients only those are there who took part.
+    `rounds` is the number of rounds in which the client sent an update, `undefined` the number of these
+    without a value. With more than `MOST_CLIENTS` clients only those that took part are listed.
     """
     setup, method = run.setup, run.setup.job.evaluate.contributions
     if method is None:
@@ -105,7 +105,7 @@ def _summed(values: Sequence[float | None]) -> ClientContribution:
 
 
 def check_can_measure(setup: RunSetup) -> None:
-    """Raises ConfigError where contributions are asked for, and the server has nothing to measure them on."""
+    """Raises ConfigError if the job asks for contributions and the server has no test set to measure on."""
     if setup.job.evaluate.contributions is not None and setup.test is None:
         raise ConfigError(
             "evaluate.contributions: the server measures them on a test set of its own, and has none;"

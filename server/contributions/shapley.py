@@ -1,15 +1,16 @@
-"""Shapley's value of each player: its marginal contribution, averaged over all orders in which players come.
+"""Shapley values: each player's marginal contribution, averaged over all orders in which players can join.
 
 For a game with n players and a value v(S) of each coalition S (Shapley 1953),
 
     phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S with i) - v(S))
 
-which adds up to v(all) - v(none), is the same for players who are alike, and 0 for one that changes nothing.
-`exact` is this sum, of 2^n values. `sampled` averages over random orders and truncates (Ghorbani and Zou
-2019, TMC-Shapley, algorithm 1): where those who have come are worth v(all) to within a tolerance, nobody who
-comes later contributes. The orders are GTG-Shapley's guided ones (Liu et al. 2022): each player comes first
-equally often, for first places have the largest contributions and vary most; without truncation the mean
-stays Shapley's value. As there, all contribute nothing where v(all) is v(none) to within the tolerance.
+The values add up to v(all) - v(none), are equal for interchangeable players, and 0 for a player that changes
+no coalition's value. `exact` computes this sum from 2^n values of v. `sampled` averages over random orders
+and truncates (Ghorbani and Zou 2019, TMC-Shapley, algorithm 1): once the players that have joined are worth
+v(all) to within a tolerance, later ones get 0 in this order. The orders are those of GTG-Shapley (Liu et al.
+2022): every player comes first equally often, because contributions in first place are largest and vary
+most; without truncation the expected mean is still the Shapley value. As in GTG-Shapley, all values are 0 if
+v(all) is v(none) to within the tolerance.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from atoll.server.contributions.leave_one_out import Game
 def shapley(
     players: int, value: Game, *, permutations: int, truncation: float, generator: torch.Generator
 ) -> list[float]:
-    """The players' values, [players]: exact where that takes no more merges than `permutations` may take."""
+    """The players' Shapley values, [players].
+
+    Exact if the 2^players coalitions are no more than the values that `permutations` orders may need, else
+    estimated from that many orders, truncated at the tolerance `truncation`, in units of v.
+    """
     if 2**players <= permutations * players:
         return exact(players, value)
     return sampled(players, value, orders(players, permutations, generator), truncation)
 
 
 def exact(players: int, value: Game) -> list[float]:
-    """The players' values by the sum over all coalitions, [players].
+    """The players' Shapley values by the sum over all coalitions, [players].
 
     >>> exact(2, {(): 0.0, (0, 1): 5.0, (0,): 3.0, (1,): 4.0}.__getitem__)
     [2.0, 3.0]
@@ -49,7 +54,7 @@ def exact(players: int, value: Game) -> list[float]:
 
 
 def orders(players: int, count: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """`count` random orders of the players, and up to as many more as let each come first equally often."""
+    """At least `count` random orders of the players, so many that each player comes first equally often."""
     for number in range(-(-count // players) * players):
         first = number % players
         order: list[int] = torch.randperm(players, generator=generator).tolist()
@@ -59,7 +64,7 @@ def orders(players: int, count: int, generator: torch.Generator) -> Iterator[lis
 def sampled(
     players: int, value: Game, orders: Iterator[list[int]] | Sequence[list[int]], truncation: float
 ) -> list[float]:
-    """The players' mean marginal contributions over the orders, [players], truncated at the tolerance."""
+    """The players' mean marginal contributions over the orders, [players], truncated at `truncation`."""
     whole, nothing = value(tuple(range(players))), value(())
     sums, count = [0.0] * players, 0
     if abs(whole - nothing) <= truncation:

@@ -1,1 +1,1 @@
-"""Rules by which a round's clients are chosen, where chances aren't even: a file a rule."""
+"""Rules that sample a round's clients with unequal probabilities, one file each."""

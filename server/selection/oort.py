@@ -1,27 +1,27 @@
-"""Clients whose losses are large and who are fast, and some that nobody knows yet (Lai et al. 2021, Oort).
+"""Oort (Lai et al. 2021): samples fast clients with large losses, and some that have sent nothing yet.
 
 "Oort: Efficient Federated Learning via Guided Participant Selection", algorithm 1. Round R chooses K clients:
 
-    exploitation  (1 - eps) K of the explored clients E, each with chance in proportion to Util(i)
-    exploration   eps K of the others, each with chance in proportion to its speed
+    exploitation  (1 - eps) K of the explored clients E, with probabilities proportional to Util(i)
+    exploration   eps K of the other clients, with probabilities proportional to their speeds
 
     Util(i) = (U(i) / U_max + sqrt(0.1 log R / L(i))) (T / t_i)^(alpha 1[T < t_i])
 
-U(i) is the statistical utility of i's last round, L(i) the number of that round, t_i its time. Only those
-of E are drawn from whose Util is at least c times the (1 - eps) K-th largest. U is clipped at its quantile
-`clip` over E, U_max, so that one outlier doesn't decide. eps begins with `explore`, is multiplied by
-`explore_decay` after each round and never falls below `explore_least`. T is the time from which the penalty
-alpha counts; the pacer looks every W rounds whether the last W brought less utility than the W before, and
-then adds Delta to T.
+U(i) is the statistical utility of i's last round, L(i) the number of that round, t_i its duration. Only
+clients of E whose Util is at least c times the (1 - eps) K-th largest can be drawn. U is clipped at U_max,
+its quantile `clip` over E, to bound the effect of outliers. eps starts at `explore`, is multiplied by
+`explore_decay` after each round and never falls below `explore_least`. Clients slower than T are penalised
+with the exponent alpha. The pacer compares, every W rounds, the utility of the last W rounds with that of the
+W before; if it fell, Delta is added to T.
 alpha is `penalty`, c `cutoff`, W `window`, T `seconds`, and Delta is `seconds_step` times the first T.
 
-What differs here. The paper's U(i) = |B_i| sqrt(mean over B_i of Loss^2) needs the losses' squares. An update
-brings their mean over all local steps, so U(i) = |B_i| max(0, mean Loss) with client i's training examples
-B_i, which is less than the paper's where losses differ. Both terms of Util are on one scale by U / U_max,
-as in the authors' program. Time is virtual: t_i = n_i E_l / s_i with n_i examples, E_l `train.epochs` (with
-`train.steps` so many batches in the place of n_i E_l) and s_i the speed in examples a second, which the job
-gives or its seed draws evenly from 1 to `speed_spread`. No clock is looked at, so cohorts are the same
-everywhere. Nobody is barred for having taken part often.
+What differs here. The paper's U(i) = |B_i| sqrt(mean over B_i of Loss^2) needs the squared losses, but an
+update carries the mean loss over all local steps. So U(i) = |B_i| max(0, mean Loss) with client i's training
+examples B_i, which is smaller than the paper's where losses differ. As in the authors' program, U / U_max
+puts both terms of Util on one scale. Time is virtual: t_i = n_i E_l / s_i with n_i examples, E_l =
+`train.epochs` (with `train.steps`, that many batches instead of n_i E_l) and s_i the speed in examples per
+second, which the job gives or its seed draws uniformly from 1 to `speed_spread`. No real clock is used, so
+cohorts are the same on every machine. Clients aren't excluded for having taken part often.
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ from atoll.strategies.strategy import State
 Numbers = NDArray[np.float64]
 
 UTILITY, LAST, TOTAL, RELAXED = "utility.", "last.", "total.", "relaxed"
-"""In the state: before a client's name, its U and L; before a round's number, its sum of U; and how often the
-pacer has relaxed T."""
+"""Names in the state: prefixes of a client's U and L and of a round's sum of U; how often T was raised."""
 
 
 @dataclass(frozen=True)
 class Explored:
-    """What is known of the explored clients: their places, U, L and t, [explored] each."""
+    """The explored clients: their indices, U, L and t in virtual seconds, [explored] each."""
 
     places: NDArray[np.int64]
     utilities: Numbers
@@ -61,7 +60,7 @@ class Explored:
 
 
 def exploring(options: OortSection, round: int) -> float:
-    """eps of a round: the part of its cohort that hasn't been heard of."""
+    """eps of a round: the fraction of its cohort drawn from clients that have sent nothing yet."""
     return max(options.explore_least, options.explore * options.explore_decay ** (round - 1))
 
 
@@ -80,7 +79,10 @@ def utilities(known: Explored, options: OortSection, round: int, preferred: floa
 def exploited(
     known: Explored, util: Numbers, count: int, cutoff: float, uniforms: Sequence[float]
 ) -> list[int]:
-    """The places of `count` explored clients, by chances in proportion to Util among those above the cut."""
+    """The indices of `count` explored clients, drawn in proportion to Util among those above the cutoff.
+
+    Fewer, where fewer are explored. `uniforms` are numbers in [0, 1), at least one per drawn client.
+    """
     count = min(count, len(util))
     if count == 0:
         return []
@@ -91,7 +93,9 @@ def exploited(
 
 
 def shares(count: int, part: float, *, known: int, unknown: int) -> tuple[int, int]:
-    """(how many explored clients, how many others) make a cohort; where one kind runs out, more of the other.
+    """(number of explored clients, number of others) in a cohort of `count`, `part` of them others.
+
+    If there aren't enough of one kind, the other kind fills the cohort up.
 
     >>> shares(10, 0.25, known=50, unknown=50), shares(10, 0.25, known=3, unknown=50)
     ((8, 2), (3, 7))
@@ -102,7 +106,7 @@ def shares(count: int, part: float, *, known: int, unknown: int) -> tuple[int, i
 
 
 def loses_utility(totals: Mapping[int, float], round: int, window: int) -> bool:
-    """Whether the last W rounds brought less utility than the W before; looked at every W rounds."""
+    """Whether the last W rounds have less utility than the W before; False unless W divides the round."""
     if round % window or round < 2 * window:
         return False
     recent = sum(totals[r] for r in range(round - window + 1, round + 1))
@@ -111,7 +115,7 @@ def loses_utility(totals: Mapping[int, float], round: int, window: int) -> bool:
 
 @dataclass(frozen=True)
 class Oort:
-    """The rule for the clients of a run, in the order of their names; `sizes` are their examples."""
+    """Samples `count` clients a round by utility and speed; `sizes` are examples, in the order of `names`."""
 
     names: Sequence[str]
     sizes: Weights
@@ -124,7 +128,7 @@ class Oort:
 
     @cached_property
     def speeds(self) -> Numbers:
-        """Examples a virtual second of each client, [clients]."""
+        """Each client's speed in examples per virtual second, [clients]."""
         even = torch.rand(len(self.names), generator=stream(self.seed, "speed"), dtype=torch.float64)
         drawn: Numbers = 1 + (self.options.speed_spread - 1) * even.numpy()
         speeds = self.options.speeds or {}
@@ -134,7 +138,7 @@ class Oort:
 
     @cached_property
     def seconds(self) -> Numbers:
-        """t of each client, [clients], of one with no examples as of one example."""
+        """t of each client in virtual seconds, [clients]; a client without examples counts as having one."""
         seconds: Numbers = self.train.expected_examples_seen(np.maximum(self.sizes, 1)) / self.speeds
         return seconds
 
@@ -143,12 +147,12 @@ class Oort:
         return {name: place for place, name in enumerate(self.names)}
 
     def preferred_seconds(self, state: State) -> float:
-        """T: as the job says it or the median client's, and what the pacer has added."""
+        """T in virtual seconds: the job's or the median client's time, plus what the pacer has added."""
         first = self.options.seconds or float(np.median(self.seconds))
         return first * (1 + self.options.seconds_step * float(state.get(RELAXED, 0.0)))
 
     def explored(self, state: State) -> Explored:
-        """The explored clients that take part in the run, in the order of their places."""
+        """The explored clients that take part in the run, in the order of their indices."""
         names = [name.removeprefix(UTILITY) for name in state if name.startswith(UTILITY)]
         here = sorted((self._places[name], name) for name in names if name in self._places)
         places = np.array([place for place, _ in here], dtype=np.int64)
@@ -156,7 +160,7 @@ class Oort:
         return Explored(places, known[UTILITY], known[LAST], self.seconds[places])
 
     def cohort(self, state: State, round: int) -> list[str]:
-        """As in the seam."""
+        """The names of the round's clients, sorted; the same for the same state and round."""
         known, options = self.explored(state), self.options
         speeds = in_steps(self.speeds) * (self.sizes > 0)
         speeds[known.places] = 0
@@ -173,7 +177,7 @@ class Oort:
         return [self.names[place] for place in sorted(chosen)]
 
     def after_round(self, state: State, updates: Sequence[Update], round: int) -> State:
-        """As in the seam: the utilities of the round's clients, and whether the pacer relaxes T."""
+        """The state with the utilities of the round's clients, and with T raised if the pacer says so."""
         losses = mean_losses(updates) if updates else {}
         examples = dict(zip(losses, example_counts(updates), strict=True))
         gains = {name: examples[name] * max(loss, 0.0) for name, loss in losses.items()}
@@ -191,5 +195,5 @@ class Oort:
 
 
 def _is_old(name: str, round: int, window: int) -> bool:
-    """Whether it is a round's sum that the pacer doesn't look at any more."""
+    """Whether `name` is the utility sum of a round that the pacer no longer needs."""
     return name.startswith(TOTAL) and int(name.removeprefix(TOTAL)) <= round - 2 * window

@@ -1,17 +1,17 @@
-"""Of candidates drawn by size, those with the largest losses (Cho et al. 2020, power-of-choice, rpow-d).
+"""Power-of-choice (Cho et al. 2020, rpow-d): draws candidates by size, and takes those with large losses.
 
 "Client Selection in Federated Learning: Convergence Analysis and Power-of-Choice Selection Strategies",
 sections 3 and 5. In each round the server
 
-1. draws d candidates without replacement, client k with chance p_k = n_k / sum_j n_j of those that are left;
-2. takes the m candidates with the largest F_k(w), client k's loss of the model w;
-3. merges their models evenly, w <- 1 / m sum_k w_k.
+1. draws d candidates without replacement, client k with probability proportional to its examples n_k;
+2. takes the m candidates with the largest F_k(w), the loss of the model w at client k;
+3. averages their models with equal weights, w <- 1 / m sum_k w_k.
 
-Of the paper's variants this is rpow-d, which asks nobody for a loss: F_k is client k's mean training loss in
-its last round, over all its local steps, which every update brings anyway. It is infinite for a client that
-has not sent any, so that everybody is tried once. Of equal losses the first that were drawn count, of which
-the paper says nothing. d is `federation.candidates`, m is `federation.cohort`. With d = m losses play no
-part; the larger d is, the more the model leans to clients for whom it is bad: a bias that doesn't vanish.
+Of the paper's variants this is rpow-d, which needs no request for losses: F_k is client k's mean training
+loss over all local steps of its last round, which every update carries. It is infinite for a client that
+hasn't sent an update, so that every client is tried once. Of equal losses the candidate drawn first wins; the
+paper doesn't say. d is `federation.candidates`, m is `federation.cohort`. With d = m losses have no effect;
+the larger d is, the more the model is biased towards clients with large losses, and this bias doesn't vanish.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from atoll.strategies.mean import mean_losses
 from atoll.strategies.strategy import State
 
 LOSS = "loss."
-"""Before a client's name in the state: its mean training loss in its last round."""
+"""Prefix, in the state, of a client's mean training loss in its last round."""
 
 
 def largest(candidates: Sequence[int], losses: Sequence[float], count: int) -> list[int]:
-    """The places of the `count` candidates with the largest losses, in order; of equal ones the first count.
+    """The `count` candidates with the largest losses, sorted; of equal losses the first candidate wins.
 
-    `losses` are the candidates' last ones, infinite where none is known.
+    `candidates` are client indices, `losses` their last losses, infinite where none is known.
 
     >>> largest([7, 3, 5, 1], [0.5, math.inf, 0.9, 0.9], 2)
     [3, 5]
@@ -45,7 +45,7 @@ def largest(candidates: Sequence[int], losses: Sequence[float], count: int) -> l
 
 @dataclass(frozen=True)
 class PowerOfChoice:
-    """The rule for the clients of a run, in the order of their names; `sizes` are their examples."""
+    """Samples `count` of `candidates` clients by loss; `sizes` are examples, in the order of `names`."""
 
     names: Sequence[str]
     sizes: Weights
@@ -53,20 +53,20 @@ class PowerOfChoice:
     count: int
     seed: int
     weights_are_chosen: bool
-    """Whether the job says what updates weigh; otherwise they weigh the same."""
+    """Whether the job chooses the updates' weights; otherwise all have the same."""
 
     def cohort(self, state: State, round: int) -> list[str]:
-        """As in the seam."""
+        """The names of the round's clients, sorted; the same for the same state and round."""
         uniforms = uniforms_of(self.seed, "power-of-choice", round, self.candidates)
         drawn = without_replacement(self.sizes, uniforms)
         losses = [float(state.get(LOSS + self.names[place], math.inf)) for place in drawn]
         return [self.names[place] for place in largest(drawn, losses, self.count)]
 
     def after_round(self, state: State, updates: Sequence[Update], round: int) -> State:
-        """As in the seam: the losses that came with the round's updates are the last ones."""
+        """The state with the mean training losses of the round's clients."""
         return state | {LOSS + name: loss for name, loss in mean_losses(updates).items()}
 
     @property
     def update_transforms(self) -> Sequence[MergeWeights]:
-        """What happens to a round's updates before they are merged."""
+        """Equal weights for all updates; none where the job chooses the weights."""
         return () if self.weights_are_chosen else (MergeWeights(FederationSection(weights="equal")),)

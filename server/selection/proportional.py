@@ -1,4 +1,4 @@
-"""Draws in proportion to whole-number weights, by uniform numbers that are given; sums are exact."""
+"""Sampling in proportion to integer weights, from given uniform numbers; integer sums are exact."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from atoll.protocol.random_streams import stream
 
 Weights = NDArray[np.int64]
-"""What each client weighs in a draw, [clients], at least 0."""
+"""Integer weights, at least 0, in proportion to which clients are drawn, [clients]."""
 
 STEPS = 2.0**40
-"""Steps of the largest weight in which other numbers become whole ones."""
+"""The resolution of `in_steps`: floats are rounded down to multiples of the largest one over this number."""
 
 
 def uniforms_of(seed: int, purpose: str, round: int, count: int) -> list[float]:
-    """Uniform numbers of a round's own stream, from 0 to below 1, [count]."""
+    """`count` uniform numbers in [0, 1) from the random stream of this seed, purpose and round."""
     generator = stream(seed, purpose, round)
     drawn: list[float] = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     return drawn
 
 
 def with_replacement(weights: Weights, uniforms: Sequence[float]) -> list[int]:
-    """The place that each uniform number draws, whatever was drawn before; none where all weights are 0.
+    """The index that each uniform number in [0, 1) draws, with replacement; empty if all weights are 0.
 
     >>> with_replacement(np.array([1, 0, 3]), [0.2, 0.25, 0.9])
     [0, 2, 2]
@@ -37,9 +37,9 @@ def with_replacement(weights: Weights, uniforms: Sequence[float]) -> list[int]:
 
 
 def without_replacement(weights: Weights, uniforms: Sequence[float]) -> list[int]:
-    """The places that uniform numbers draw one after the other, each from those that are left.
+    """The indices that uniform numbers in [0, 1) draw without replacement, in the order of the draws.
 
-    In the order in which they are drawn; fewer, where weights above 0 run out.
+    Fewer, where fewer weights are above 0.
 
     >>> without_replacement(np.array([1, 0, 3]), [0.9, 0.9, 0.9])
     [2, 0]
@@ -47,7 +47,7 @@ def without_replacement(weights: Weights, uniforms: Sequence[float]) -> list[int
     ends = np.cumsum(weights)
     left = int(ends[-1]) if len(ends) else 0
     drawn: list[int] = []
-    gone: list[tuple[int, int]] = []  # (where its weights began, how many), in order
+    gone: list[tuple[int, int]] = []  # (where a drawn item's weight started, that weight), in order
     for u in uniforms:
         if left == 0:
             break
@@ -65,7 +65,7 @@ def without_replacement(weights: Weights, uniforms: Sequence[float]) -> list[int
 
 
 def in_steps(values: NDArray[np.float64]) -> Weights:
-    """Numbers of at least 0 as weights of at least 1: in `STEPS` of the largest; all 1 if none is above 0.
+    """Floats of at least 0 as integer weights: 1 + floor(value / largest * STEPS); all 1 if none is above 0.
 
     >>> in_steps(np.array([0.0, 2.0])).tolist() == [1, 2**40 + 1]
     True

@@ -1,4 +1,4 @@
-"""The rule by which a job's rounds choose their clients, and what it keeps from round to round."""
+"""The rule that samples a job's cohorts, and how its state is stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from atoll.server.selection.power_of_choice import PowerOfChoice
 from atoll.strategies.strategy import State
 
 PREFIX = "selection."
-"""Before the names of a rule's state in checkpoints."""
+"""Prefix of a rule's state in checkpoints."""
 
 
 def selection_rule(job: Job, roster: ClientRoster) -> SelectionRule | None:
-    """The job's rule for the clients that take part; None where chances are even.
+    """The job's rule for sampling the roster's clients; None where all clients are equally likely.
 
     Raises:
-        ConfigError: no client says how many examples it has, or speeds are of clients that aren't there.
+        ConfigError: no client reports how many examples it has, or the job gives speeds of unknown clients.
     """
     federation, names, sizes = job.federation, roster.names, roster.sizes
     if federation.selection == "uniform":
@@ -56,11 +56,11 @@ def _check_speeds(options: OortSection, roster: ClientRoster) -> None:
 
 
 def selection_to_checkpoint(state: State) -> State:
-    """A rule's state as checkpoints hold it, beside others'."""
+    """A rule's state with the names that it has in a checkpoint."""
     return {PREFIX + name: value for name, value in state.items()}
 
 
 def selection_from_checkpoint(saved: State) -> tuple[State, State]:
-    """(the rule's state, what is left for others) of a checkpoint's."""
-    own_state = {name.removeprefix(PREFIX): value for name, value in saved.items() if name.startswith(PREFIX)}
-    return own_state, {name: value for name, value in saved.items() if not name.startswith(PREFIX)}
+    """(the rule's state, all other entries) of a checkpoint's state."""
+    selection = {name.removeprefix(PREFIX): value for name, value in saved.items() if name.startswith(PREFIX)}
+    return selection, {name: value for name, value in saved.items() if not name.startswith(PREFIX)}
