@@ -1,4 +1,4 @@
-"""Certificates of a federation: its own authority, and the server's that it signs."""
+"""Certificates of a federation: its own certificate authority, and the server certificate that it signs."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> "Authority":
-        """That of the folder `ca` that provisioning made.
+        """Read the authority from the folder `ca` that provisioning wrote.
 
         Raises:
-            ConfigError: it isn't there, or is damaged.
+            ConfigError: a file is missing or damaged.
         """
         key, certificate = folder / "ca.key", folder / "ca.crt"
         try:
@@ -61,10 +61,12 @@ class Authority:
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The private key as unencrypted PKCS#8 PEM."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def new_authority() -> Authority:
+    """A new certificate authority with a P-384 key, valid for ten years."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _common_name("Atoll federation authority")
     builder = (
@@ -77,6 +79,7 @@ def new_authority() -> Authority:
 
 
 def server_certificate(authority: Authority, key: ec.EllipticCurvePrivateKey, host: str) -> x509.Certificate:
+    """A TLS server certificate for `key`, signed by the authority, for `host` and this machine's loopback."""
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     builder = (
         _builder(_common_name("Atoll server"), authority.certificate.subject, key.public_key(), SERVER_DAYS)
@@ -91,7 +94,7 @@ def server_certificate(authority: Authority, key: ec.EllipticCurvePrivateKey, ho
 
 
 def _names(host: str) -> list[x509.GeneralName]:
-    """The public host and this machine's own names: the server's parts talk over loopback."""
+    """The public host and the loopback names, over which the server's own processes connect."""
     return [
         x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name)
         for name in dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])

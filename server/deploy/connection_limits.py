@@ -1,8 +1,9 @@
-"""What strangers can take up of the public port: connections that say nothing, or too many of them.
+"""Limits on connections to the public port, so that idle or excessive ones can't shut the sites out.
 
-A connection has ten seconds to shake hands and send the head of its first request, whatever it trickles,
-and half a minute between requests. One address holds so many connections at most, and all addresses from
-which no site has been heard yet hold half of the file descriptors, so that the other half is left to sites.
+A connection has ten seconds for the TLS handshake and the head of its first request, however slowly data
+arrives, and half a minute between requests. An address from which no site has been heard yet may hold at most
+`AN_ADDRESS` connections, and all such addresses together half of the file descriptors; the rest is left to
+sites.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from dataclasses import dataclass, field
 logger = logging.getLogger(__name__)
 
 HEAD_SECONDS = 10.0
-"""From the connection's begin to the end of its first request's head."""
+"""The time limit from the opening of a connection to the end of its first request's head."""
 IDLE_SECONDS = 30.0
-"""From the end of an answer to the end of the next request's head."""
+"""The time limit from the end of an answer to the end of the next request's head."""
 AN_ADDRESS = 64
-"""Connections that a stranger's address may hold; several sites may share one."""
+"""Connections that an unknown address may hold; several sites may share an address."""
 RESERVED = 64
-"""Descriptors for everything else: files, the SuperLink, the executor."""
+"""File descriptors reserved for everything but connections: files, the SuperLink, the executor."""
 LOOK_SECONDS = 0.5
 SAY_AGAIN_SECONDS = 60.0
 
@@ -34,7 +35,7 @@ Key = tuple[str, int]
 
 
 def descriptors() -> int:
-    """How many files this process may have open, after it has asked for as many as it can get."""
+    """Raise this process's limit of open files to its maximum; returns the new limit, at most 2^20."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return min(most, 2**20) if most != resource.RLIM_INFINITY else 2**20
@@ -42,7 +43,7 @@ def descriptors() -> int:
 
 @dataclass
 class ConnectionLimits:
-    """The open connections, and which of them may stay; all of it happens in the proxy's thread."""
+    """The open connections and the rules for admitting and closing them; used in the proxy's thread only."""
 
     tell: Callable[[str], None] = logger.warning
     clock: Callable[[], float] = time.monotonic
@@ -53,9 +54,10 @@ class ConnectionLimits:
     known: set[str] = field(default_factory=set)
     """Addresses from which a site has been heard."""
     last_warned: dict[str, float] = field(default_factory=dict)
+    """The time of the last warning about each subject: an address, or a limit on all of them."""
 
     def admits(self, address: str) -> bool:
-        """Whether one more connection from there may be opened; if not, that is told, once a minute."""
+        """Whether one more connection from this address may be opened; a refusal is logged once a minute."""
         if len(self.open) >= self.most:
             self._say(
                 "all", f"{len(self.open)} connections are open, as many as there may be: no more is let in"
@@ -86,13 +88,13 @@ class ConnectionLimits:
             self.tell(line)
 
     def opened(self, connection: Connection) -> None:
-        """A connection has been let in."""
+        """Record an admitted connection."""
         connection.until = self.clock() + HEAD_SECONDS
         self.open[connection.key] = connection
         self.held[connection.key[0]] += 1
 
     def closed(self, connection: Connection) -> None:
-        """It is gone."""
+        """Remove a connection; one that isn't recorded is ignored."""
         if self.open.get(connection.key) is connection:
             del self.open[connection.key]
             address = connection.key[0]
@@ -101,19 +103,19 @@ class ConnectionLimits:
                 del self.held[address]
 
     def asks(self, key: Key) -> None:
-        """The head of a request has come: it is waited for and answered by limits of its own."""
+        """Suspend the time limit: a request's head has arrived, and the proxy limits the rest itself."""
         if key in self.open:
             self.open[key].until = None
 
     def answered(self, key: Key, *, by_a_site: bool) -> None:
-        """A request has been answered; `by_a_site`: it was a site's, by its key."""
+        """Restart the time limit after an answer; `by_a_site`: the request was signed with a site's key."""
         if by_a_site:
             self.known.add(key[0])
         if key in self.open:
             self.open[key].until = self.clock() + IDLE_SECONDS
 
     async def watch(self) -> None:
-        """Close connections that have said nothing for too long, until this is cancelled."""
+        """Close connections that have exceeded their time limit, until this is cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = self.clock()
@@ -123,43 +125,43 @@ class ConnectionLimits:
 
 
 class Connection(socket.socket):
-    """A peer's connection that says when it is closed."""
+    """A socket that reports its closing to the connection limits."""
 
     key: Key
     limits: ConnectionLimits
     until: float | None = None
-    """When it is closed unless a request's head has come; None while one is answered."""
+    """The time at which it is closed if no request's head has arrived; None while one is answered."""
 
     def hang_up(self) -> None:
-        """Make both ends see that it is over; whoever reads from it closes it then."""
+        """Shut the connection down in both directions; the server's reader then closes the socket."""
         try:
             self.shutdown(socket.SHUT_RDWR)
         except OSError:
             self.limits.closed(self)  # it is gone already
 
     def close(self) -> None:
-        """Close it, and make room for another one."""
+        """Close the socket and remove it from the open connections."""
         self.limits.closed(self)
         super().close()
 
 
 class LimitedListener(socket.socket):
-    """A listening socket that lets in what the limits admit, and closes anything else at once."""
+    """A listening socket that accepts only connections that the limits admit, and closes others at once."""
 
     limits: ConnectionLimits
 
     @classmethod
     def of(cls, listener: socket.socket, limits: ConnectionLimits) -> LimitedListener:
-        """The listener, taken over."""
+        """A limited listener on the same socket; `listener` must not be used any more."""
         limited = cls(fileno=listener.detach())
         limited.limits = limits
         return limited
 
     def accept(self) -> tuple[Connection, tuple[str, int]]:
-        """The next connection that is let in.
+        """The next admitted connection and its peer's address.
 
         Raises:
-            BlockingIOError: there is none just now.
+            BlockingIOError: no connection is waiting.
         """
         while True:
             plain, peer = super().accept()

@@ -1,7 +1,8 @@
-"""Flower's executor of runs, with a warm parent: each run's ServerApp is forked from the fork server.
+"""A Flower executor that forks each run's ServerApp from a fork server with all modules imported.
 
-Flower starts a new Python for every run, which imports torch and its like anew. All of this that isn't
-public in Flower 1.41 is here: `run_superexec` asks `get_executor` for what starts a task's process.
+Flower itself starts a new Python process for every run, which imports torch and other packages again. The
+use of Flower 1.41's non-public API is confined to this file: `run_superexec` calls `get_executor` for the
+object that starts a task's process.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ SERVER_APP = "atoll.server.deploy.executor:server_app"
 
 
 class ForkingExecutor:
-    """Forks a process for each run's ServerApp; the task is not told from Flower's own executors."""
+    """Forks a process for each run's ServerApp, with the same interface as Flower's own executors."""
 
     def get_eligible_capacity(
         self, supported_task_types: set[TaskType], **_: Any
     ) -> tuple[set[TaskType], set[str]]:
-        """ServerApps alone, whenever they come."""
+        """ServerApp tasks are eligible at any time, all others never."""
         return supported_task_types & {TaskType.SERVER_APP}, set()
 
     def wait_for_capacity(self, task_type: TaskType | None = None, **_: Any) -> None:
-        """There is always room."""
+        """Return at once: there is no limit on running tasks."""
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
-        """Start the process; it is in this one's group, so that both are stopped together."""
+        """Start the process in this process's group, so that both are stopped together."""
         arguments = ["--runtime-api-address", spec.runtime_api_address, "--token", spec.token]
         arguments += ["--insecure"] if spec.insecure else []
         if spec.root_certificates_path is not None:
@@ -50,23 +51,23 @@ class ForkingExecutor:
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
-        """Forget the processes that have ended."""
+        """Reap the child processes that have ended."""
         multiprocessing.active_children()
 
     def close(self) -> None:
-        """What runs is in this process's group and is stopped with it."""
+        """Do nothing: running tasks are in this process's group and are stopped with it."""
 
 
 def superexec() -> None:
-    """Flower's SuperExec with processes from the fork server; the entry of a child process."""
+    """Run Flower's SuperExec with processes from the fork server; the entry point of a child process."""
     vars(run_superexec)["get_executor"] = lambda *_, **__: ForkingExecutor()
     flower_superexec()
 
 
 def server_app() -> None:
-    """Flower's program for a run, with the installed ServerApp whatever the run's bundle holds.
+    """Run Flower's program for one run with the installed ServerApp, ignoring the code in the run's bundle.
 
-    Whoever can start a run could otherwise bring code that reads the server's keys.
+    Otherwise anyone who can start a run could supply code that reads the server's keys.
     """
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 

@@ -1,4 +1,4 @@
-"""Flower's Control API as the server uses it; with the two apps, the server's only Flower calls."""
+"""A client of Flower's Control API: registers sites, starts, lists and stops runs, and reads their logs."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ from atoll.server.deploy.status import Run
 from atoll.server.deploy.superlink import TokenInterceptor
 
 logging.getLogger("httpx").setLevel(logging.WARNING)
-"""It has a line for every call, and the sites call all the time."""
+"""httpx logs a line for every call, and sites call every second."""
 
 ERROR = "ServerApp failed with exception: "
 
@@ -71,7 +71,7 @@ from atoll.{side}.app import app  # noqa: F401
 
 @dataclass(frozen=True)
 class Node:
-    """A registered site, as the SuperLink knows it: the name is bound to the site's key."""
+    """A site registered with the SuperLink: its name belongs to this public key (PEM)."""
 
     node_id: int
     name: str
@@ -81,19 +81,19 @@ class Node:
 
 @dataclass(frozen=True)
 class LogPart:
-    """Some text of a run's log, and the time of its last line."""
+    """A part of a run's log, and the time of its last line, in seconds since 1970."""
 
     text: str
     until: float
 
 
 def bundle(job: Job | None = None) -> bytes:
-    """The Flower App Bundle: modules that import the installed apps, and the hashes of their code.
+    """A Flower App Bundle: two modules that import the installed apps, and the hashes of the installed code.
 
-    Of the installed extensions too that the job uses.
+    The hashes include those of the installed extensions that the job uses.
 
     Raises:
-        ConfigError: the job uses an extension that isn't installed, but a file's.
+        ConfigError: the job uses an extension that was loaded from a file and isn't installed.
     """
     try:
         version = metadata.version("atoll")
@@ -113,7 +113,11 @@ def bundle(job: Job | None = None) -> bytes:
 
 
 class FlowerControlClient:
-    """Calls to a SuperLink on this machine; each raises JobError with one line if it is refused."""
+    """Calls to the SuperLink on this machine.
+
+    Every method raises JobError, with a message of one line, if the call is refused, and Unreachable if the
+    SuperLink doesn't answer.
+    """
 
     def __init__(self, address: str, kit: ServerKit) -> None:
         self._address = address
@@ -128,7 +132,7 @@ class FlowerControlClient:
         self._client.close()
 
     def nodes(self) -> list[Node]:
-        """Every site that may join."""
+        """All registered sites, online or not."""
         with _one_line(self._address):
             infos = self._client.ListNodes(ListNodesRequest()).nodes_info
         return [
@@ -138,7 +142,7 @@ class FlowerControlClient:
         ]
 
     def admit(self, keys: dict[str, Path]) -> None:
-        """Let in exactly these sites: register the new ones, unregister those that are gone."""
+        """Register exactly these sites, by name and public key file; all others are unregistered."""
         wanted = {name: _pem(path) for name, path in keys.items()}
         known = self.nodes()
         for node in known:
@@ -150,16 +154,16 @@ class FlowerControlClient:
                 self._client.RegisterNode(RegisterNodeRequest(public_key=wanted[name], name=name))
 
     def config(self, run_id: int) -> tuple[str, str]:
-        """A run's job and its run directory; both empty for another app's run."""
+        """(the job of a run as JSON, its run directory); both empty for a run of another app."""
         config = user_config_from_proto(self._listed(run_id).override_config)
         return str(config.get("job", "")), str(config.get("out", ""))
 
     def start_job(self, job: str, out: str) -> int:
-        """Start a run of the job in that run directory; returns its id."""
+        """Start a run of the job, given as JSON, in the run directory `out`; returns the run's id."""
         return self.start(bundle(Job.from_json(job)), job, out)
 
     def start(self, fab: bytes, job: str, out: str) -> int:
-        """Start a run of a bundle; returns its id."""
+        """Start a run of the bundle `fab` with this job and run directory; returns the run's id."""
         request = StartRunRequest(
             fab=fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {})),
             override_config=user_config_to_proto({"job": job, "out": out}),
@@ -171,14 +175,14 @@ class FlowerControlClient:
         return response.run_id
 
     def runs(self, limit: int = 20) -> list[Run]:
-        """The latest runs, newest first."""
+        """The latest `limit` runs, newest first."""
         with _one_line(self._address):
             response = self._client.ListRuns(ListRunsRequest(limit=limit))
         runs = [_run(run) for run in response.run_dict.values()]
         return sorted(runs, key=lambda run: run.submitted, reverse=True)
 
     def run(self, run_id: int) -> Run:
-        """How one run stands."""
+        """The status of one run."""
         return _run(self._listed(run_id))
 
     def _listed(self, run_id: int) -> ProtoRun:
@@ -187,24 +191,24 @@ class FlowerControlClient:
         return listed
 
     def stop(self, run_id: int) -> bool:
-        """Whether the run was stopped by this call."""
+        """Stop a run; returns whether this call stopped it."""
         with _one_line(self._address):
             return self._client.StopRun(StopRunRequest(run_id=run_id)).success
 
     def log(self, run_id: int, after: float = 0.0) -> Iterator[LogPart]:
-        """The run's log as it comes, until the run has finished."""
+        """The run's log after the time `after`, as it is written, until the run has finished."""
         with _one_line(self._address):
             for part in self._client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=after)):
                 yield LogPart(part.log_output, part.latest_timestamp)
 
 
 class Unreachable(JobError):
-    """The SuperLink doesn't answer now; it may again."""
+    """The SuperLink doesn't answer at the moment; a later call may succeed."""
 
 
 @contextmanager
 def _one_line(address: str) -> Iterator[None]:
-    """Turn what the transport raises into one line."""
+    """Within, HTTP errors are raised as JobError, ConfigError or Unreachable with a message of one line."""
     try:
         yield
     except httpx.HTTPStatusError as error:
@@ -225,7 +229,7 @@ def _pem(path: Path) -> bytes:
 
 
 def _run(run: ProtoRun) -> Run:
-    """Flower's words of what a ServerApp raised begin with ERROR; of one that was killed they don't."""
+    """A run's status; only if the ServerApp raised an exception do Flower's details begin with ERROR."""
     failed = run.status.status == Status.FINISHED and run.status.sub_status == SubStatus.FAILED
     return Run(
         run_id=run.run_id,

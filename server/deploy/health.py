@@ -1,12 +1,12 @@
-"""Whether the server can accept a job and which runs go on, told by the standard gRPC health protocol.
+"""The server's health over the standard gRPC health protocol: whether it accepts jobs, and which runs go on.
 
-Services of `grpc.health.v1.Health`, as systemd, Kubernetes and load balancers ask for them:
+The service names of `grpc.health.v1.Health`, which systemd, Kubernetes and load balancers can query:
 
 - the empty name and `atoll.federation`: SERVING only while the server can accept a job;
 - `atoll.run.RUN_ID`: SERVING from a run's submission to its end, then NOT_SERVING;
 - any other name: NOT_FOUND.
 
-Probes have no TLS, so nothing is encrypted; nothing is told but these names and states.
+Probes use no TLS, so answers aren't encrypted; they contain only these names and states.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from atoll.server.deploy.status import Run
 
 EVERYTHING, FEDERATION = "", "atoll.federation"
 THREADS = 2
-"""A check is answered at once, and Watch takes no thread."""
+"""Two threads are enough: a check is answered at once, and Watch uses no thread."""
 GRACE_SECONDS = 1.0
 
 
 def address_from(text: str) -> Address:
-    """The address that an operator wrote as HOST:PORT; raises ConfigError if it is none."""
+    """Parse an address such as `127.0.0.1:50051` or `[::1]:50051`; raises ConfigError if it is none."""
     parts = re.fullmatch(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})", text)
     try:
         if parts:
@@ -46,7 +46,7 @@ def address_from(text: str) -> Address:
 
 
 class Health:
-    """The state of every name that can be asked for; any thread may set it."""
+    """The health state of every service name; may be set from any thread."""
 
     def __init__(self) -> None:
         self.servicer = HealthServicer()
@@ -63,21 +63,21 @@ class Health:
 
     @property
     def going_on(self) -> frozenset[int]:
-        """The runs that are SERVING."""
+        """The ids of the runs that are SERVING."""
         with self._lock:
             return frozenset(run for run, goes_on in self._runs.items() if goes_on)
 
     def knows(self, run_id: int) -> bool:
-        """Whether the run has a name here."""
+        """Whether this run's state has been set."""
         with self._lock:
             return run_id in self._runs
 
     def serving(self) -> None:
-        """From now on the server can accept a job."""
+        """Set that the server can accept a job."""
         self._set_federation("")
 
     def not_serving(self, trouble: str) -> None:
-        """From now on it can't, and that is why."""
+        """Set that the server can't accept a job, and why."""
         self._set_federation(trouble)
 
     def _set_federation(self, trouble: str) -> None:
@@ -85,13 +85,13 @@ class Health:
             if self._stopped:
                 return
             self._trouble, serves = trouble, not trouble
-            if serves != self._serves:  # who watches is told of changes only
+            if serves != self._serves:  # watchers are notified of every call, so only of changes
                 self._serves = serves
                 self._set(EVERYTHING, serves)
                 self._set(FEDERATION, serves)
 
     def update(self, runs: Iterable[Run]) -> None:
-        """Take over how runs stand; one that has ended stays so."""
+        """Set the states of these runs; a run that has ended stays NOT_SERVING."""
         with self._lock:
             for run in runs:
                 goes_on = not (run.finished or self._stopped) and self._runs.get(run.run_id, True)
@@ -104,7 +104,7 @@ class Health:
         self.servicer.set(name, states.SERVING if serving else states.NOT_SERVING)
 
     def stop(self) -> None:
-        """Nothing is SERVING any more, whatever is set later."""
+        """Set every name to NOT_SERVING for good; later changes are ignored."""
         with self._lock:
             self._stopped, self._trouble = True, "the server is stopping"
             self._runs = dict.fromkeys(self._runs, False)
@@ -113,10 +113,10 @@ class Health:
 
 @contextmanager
 def answered(health: Health, address: Address | None) -> Iterator[str]:
-    """Within, it is answered; gives where: on the address, or on a free port of this machine's loopback.
+    """Within, health probes are answered at the yielded address: `address`, or a free port of loopback.
 
     Raises:
-        ConfigError: the address can't be listened on.
+        ConfigError: the server can't listen on the address.
     """
     wanted = str(address) if address else "127.0.0.1:0"
     if address:
@@ -135,7 +135,7 @@ def answered(health: Health, address: Address | None) -> Iterator[str]:
 
 
 def _check_free(address: Address) -> None:
-    """Raises ConfigError where the address is taken or not ours: gRPC doesn't say which of them it is."""
+    """Raises ConfigError, with the reason that gRPC doesn't give, if this process can't listen there."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,7 +1,7 @@
-"""When each site was last heard: a dead one is named within seconds, long before Flower counts it as offline.
+"""The time of each site's last call, so that a dead site is reported within seconds.
 
-A site's SuperNode asks for work every second or oftener; while its clients train it sends a heartbeat every
-three or four seconds. Flower counts it as offline only when these have been missing for a minute.
+A site's SuperNode asks for work at least every second; while its clients train it sends a heartbeat every
+three or four seconds. Flower counts a site as offline only after a minute without heartbeats.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 KEY_HEADER = "flwr-public-key"
-"""Of every call of a site; the SuperLink answers it only where the call is signed with that key."""
+"""The header of a site's calls that holds its public key; the SuperLink answers only calls signed with it."""
 SILENT_SECONDS = 8.0
-"""After so long without a call a site is called silent; a server looks every second."""
+"""The time without a call after which a site is reported as silent; the server checks every second."""
 
 
 @lru_cache(maxsize=4096)
 def key_of_header(text: str) -> bytes | None:
-    """The public key that a call was signed with, as DER; None where it is none."""
+    """The public key in a call's header, as DER; None if the text is no public key."""
     try:
         key = load_pem_public_key(b64decode(text, validate=True))
     except (ValueError, UnsupportedAlgorithm):
@@ -39,14 +39,14 @@ def key_of_header(text: str) -> bytes | None:
 
 
 def key_of_file(path: Path) -> bytes:
-    """The public key in a kit's file, as DER."""
+    """The public key in an OpenSSH file of a kit, as DER."""
     key = load_ssh_public_key(path.read_bytes())
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 @dataclass
 class LastHeard:
-    """When which key last signed a call that the SuperLink answered; for any thread."""
+    """The time of the last call that the SuperLink answered, for each public key; usable from any thread."""
 
     clock: Callable[[], float] = time.monotonic
     _moments: dict[bytes, float] = field(default_factory=dict)
@@ -54,27 +54,27 @@ class LastHeard:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def heard(self, header: str | None) -> None:
-        """A call with that header was answered as one of a site."""
+        """Record that the SuperLink has answered a call with this header."""
         key = None if header is None else key_of_header(header)
         if key is not None:
             with self._lock:
                 self._moments[key] = self.clock()
 
     def refused(self, header: str | None, address: str) -> None:
-        """Who signs with that key asked from an address to connect, and was refused: it is connected."""
+        """Record that a connection with this header was refused because the site is connected already."""
         key = None if header is None else key_of_header(header)
         if key is not None:
             with self._lock:
                 self._refused.add((key, address))
 
     def take_refused(self) -> list[tuple[bytes, str]]:
-        """(key, address) of those refused since this was asked for."""
+        """(public key, address) of each connection refused since the last call of this method."""
         with self._lock:
             refused, self._refused = sorted(self._refused), set()
         return refused
 
     def silent(self, keys: Mapping[str, bytes], sites: Iterable[str]) -> dict[str, float]:
-        """Those of the sites that were heard before and are silent now, with the seconds since."""
+        """Seconds since the last call, for each of `sites` that has called before and is silent now."""
         with self._lock:
             moments = dict(self._moments)
         now, seconds = self.clock(), {}

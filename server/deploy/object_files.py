@@ -1,9 +1,9 @@
-"""Where the SuperLink keeps the large parts of messages: in files beside its database, not in it.
+"""An object store for the SuperLink that puts large parts of messages into files instead of its database.
 
-Flower 1.41 writes every part of a message, up to 5 MB each, into the SQLite database in which it keeps its
-tasks, sites and heartbeats too, and SQLite lets one connection write at a time. With models of 200 MB and
-more the others wait for longer than the five seconds that Flower gives them, and sites, runs and the executor
-are answered 500 ("database is locked"). Here a row holds the name of a file instead.
+Flower 1.41 writes every part of a message, up to 5 MB each, into the SQLite database that also holds its
+tasks, sites and heartbeats, and SQLite lets only one connection write at a time. With models of 200 MB and
+more, the others wait longer than Flower's limit of five seconds, and sites, runs and the executor get HTTP
+500 ("database is locked"). Here the row of a large part holds the name of a file instead.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from flwr.supercore.state.schema.objectstore_models import StoredObject
 from sqlalchemy import event, func, select, update
 
 SMALL_BYTES = 2**16
-"""Objects up to here stay in the database."""
+"""Objects up to this size stay in the database."""
 IN_FILE = b"file:"
-"""Before the name of a file, in the place of an object, which always begins with the name of its kind."""
+"""Marks a row that holds a file's name; an object itself always begins with the name of its type."""
 MOST_BYTES_OF_A_NAME = 64
 BUSY_MILLISECONDS = 60_000
-"""How long a connection waits for its turn to write."""
+"""How long a database connection waits for another one to finish writing."""
 
 
 class FileObjectStore(SqlObjectStore):
-    """Flower's store in a database, whose large objects are files in the folder `objects` beside it.
+    """Flower's database store, with large objects as files in the folder `objects` beside the database.
 
-    A file is written before its row says so and removed after the row is gone for good. One that is lost
-    all the same, as when the power fails, is an object that was never there: its message is sent again.
+    A file is written before its row and removed after the row's deletion is committed. If a file is lost all
+    the same, as in a power failure, the object counts as missing and its message is sent again.
     """
 
     def __init__(self, database_path: str, verify: bool = True) -> None:
@@ -41,7 +41,7 @@ class FileObjectStore(SqlObjectStore):
         self._folder = Path(database_path).with_name("objects")
 
     def initialize(self, log_queries: bool = False, **engine_kwargs: Any) -> list[str]:
-        """As Flower's; files that a killed server left behind are removed."""
+        """Create Flower's tables, and remove files that a killed server left behind; returns table names."""
         tables = super().initialize(log_queries, **engine_kwargs)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         with self.session() as session:
@@ -54,12 +54,12 @@ class FileObjectStore(SqlObjectStore):
         return tables
 
     def put(self, object_id: str, object_content: bytes) -> None:
-        """Keep an object that was preregistered; one that is there already stays as it is.
+        """Store the content of a preregistered object; an object that is stored already is left unchanged.
 
         Raises:
-            ValueError: it isn't what its id says.
-            NoObjectInStoreError: it wasn't preregistered.
-            OSError: it can't be written.
+            ValueError: the content doesn't have the id's hash.
+            NoObjectInStoreError: the object wasn't preregistered.
+            OSError: the file can't be written.
         """
         if len(object_content) <= SMALL_BYTES:
             super().put(object_id, object_content)
@@ -80,14 +80,14 @@ class FileObjectStore(SqlObjectStore):
             raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
 
     def _record(self, object_id: str, content: bytes) -> bool:
-        """Say where an object is; false where it isn't waited for."""
+        """Set a missing object's row to `content`; False if it isn't preregistered or isn't missing."""
         missing = StoredObject.object_id == object_id, StoredObject.is_available == 0
         change = update(StoredObject).where(*missing).values(content=content, is_available=1)
         with self.session() as session:
             return session.scalar(change.returning(StoredObject.object_id)) is not None
 
     def get(self, object_id: str) -> bytes | None:
-        """The object; b"" while it is on its way, None where it isn't known or its file is lost."""
+        """The object's content; b"" if it hasn't arrived yet, None if it is unknown or its file is lost."""
         content = super().get(object_id)
         path = self._file(content)
         if path is None:
@@ -98,7 +98,7 @@ class FileObjectStore(SqlObjectStore):
             return None
 
     def delete(self, object_id: str) -> None:
-        """Delete an object and what it alone refers to; the files when that can't be undone any more."""
+        """Delete an object without references, and its children; files are removed once that is committed."""
         with self._mutation_session() as session:
             unused = StoredObject.object_id == object_id, StoredObject.ref_count == 0
             path = self._file(session.scalar(select(StoredObject.content).where(*unused)))
@@ -108,20 +108,20 @@ class FileObjectStore(SqlObjectStore):
                 event.listen(session, "after_commit", lambda _: gone.unlink(missing_ok=True), once=True)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all objects and their files."""
         super().clear()
         for path in self._folder.iterdir():
             path.unlink()
 
     def _file(self, content: bytes | None) -> Path | None:
-        """Where an object is whose row holds that, if it is in a file."""
+        """The path of the file that a row's content names; None if the content is the object itself."""
         if content is None or not content.startswith(IN_FILE):
             return None
         return self._folder / content.removeprefix(IN_FILE).decode("ascii")
 
 
 def keep_objects_in_files() -> None:
-    """Let this process's SuperLink use such a store, and wait for its turn instead of giving up."""
+    """Make this process's SuperLink use `FileObjectStore`, and wait up to a minute for a locked database."""
     from flwr.supercore import sql_mixin
     from flwr.supercore.object_store import object_store_factory
 

@@ -1,4 +1,4 @@
-"""Provisioning: a kit of certificates and keys for the server and every site, and its changes later on."""
+"""Provisioning: write the server's and every site's kit of certificates and keys, and update them later."""
 
 import secrets
 import shutil
@@ -19,7 +19,7 @@ from atoll.system.durable_files import replace_all, replace_synced, write_synced
 
 @dataclass
 class Changes:
-    """What became of a federation's kits: folders of kits and answers that are new, and names of sites."""
+    """What `update` changed: folders of new kits or answers, and names of unchanged and removed sites."""
 
     new: list[Path] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
@@ -29,14 +29,14 @@ class Changes:
 
 
 def provision(sites_file: Path, out: Path, requests: Sequence[Path] = ()) -> list[Path]:
-    """The kits written for a SITES file: the server's first, then one per site.
+    """Write kits for the sites of a SITES file; returns their folders, the server's first, then one per site.
 
-    A site that sent a request (`atoll enroll`) made its key itself: its folder is the answer to that, without
-    a private key. The authority's private key stays in `out/ca` and belongs on no machine that serves or
-    joins.
+    A site that sent a request (`atoll enroll`) has made its own key: its folder is the answer to the request
+    and holds no private key. The authority's private key stays in `out/ca` and should be on no machine that
+    serves or joins.
 
     Raises:
-        ConfigError: SITES or a request is not as it must be, or kits are there already.
+        ConfigError: SITES or a request is invalid, or there are kits in `out` already.
     """
     sites, asked = read_table(sites_file, Sites), _requests(requests)
     names = [site.name for site in sites.site]
@@ -54,14 +54,15 @@ def provision(sites_file: Path, out: Path, requests: Sequence[Path] = ()) -> lis
 
 
 def update(sites_file: Path, out: Path, requests: Sequence[Path] = (), *, renew: bool = False) -> Changes:
-    """Make the kits in `out` those of a changed SITES file, with the same authority; other sites keep theirs.
+    """Update the kits in `out` to a changed SITES file, with the same authority; returns what changed.
 
-    Sites that are new get a kit, or an answer to their request. Those that are gone are taken out of the
-    server's kit, so that it no longer lets them in; their folders stay. The server's certificate is a new one
-    where `renew` asks for it or its host is another. Every kit in `out` gets the roster, if it is another.
+    New sites get a kit, or the answer to their request. Sites that are no longer listed are removed from the
+    server's kit, so that it refuses them; their folders stay. Kits of all other sites are unchanged. The
+    server gets a new certificate if `renew` is set or its host has changed. If the roster has changed, it is
+    written into every kit in `out`.
 
     Raises:
-        ConfigError: there are no kits to change, or SITES or a request is not as it must be.
+        ConfigError: there are no kits to update, or SITES or a request is invalid.
     """
     sites, asked = read_table(sites_file, Sites), _requests(requests)
     _refuse_strangers(asked, sites, sites_file)
@@ -116,7 +117,7 @@ def _refuse_old_kits(out: Path, names: list[str]) -> None:
 
 
 def _set_aside(kit: Path) -> None:
-    """A folder of a site that was removed before, and comes back with another key."""
+    """Rename the old folder of a site that was removed before and now comes back with a new key."""
     if kit.exists():
         number = next(n for n in range(1, 10_000) if not kit.with_name(f"{kit.name}.old{n}").exists())
         shutil.move(kit, kit.with_name(f"{kit.name}.old{number}"))
@@ -131,7 +132,7 @@ def _write_authority(folder: Path, authority: Authority) -> None:
 def _write_site(
     folder: Path, name: str, sites: Sites, authority: Authority, request: SiteRequest | None
 ) -> bytes:
-    """Write a site's kit, or the answer to its request; returns the public key that the server must know."""
+    """Write a site's kit, or the answer to its request; returns its public key, for the server's kit."""
     _make_private(folder)
     public = write_site_key(folder) if request is None else request.key.encode()
     (folder / "ca.crt").write_bytes(authority.pem)
@@ -156,7 +157,7 @@ def _write_server(folder: Path, sites: Sites, authority: Authority, keys: Mappin
 def _change_server(
     kit: ServerKit, sites: Sites, authority: Authority, keys: Mapping[str, bytes], changes: Changes
 ) -> None:
-    """The server's kit with those sites: keys, then the table that names them; then keys go that are gone."""
+    """Update the server's kit: keys first, then the table that names them; then delete removed sites' keys."""
     if changes.has_new_certificate:
         key = ec.generate_private_key(ec.SECP384R1())
         certificate = server_certificate(authority, key, sites.server.host).public_bytes(Encoding.PEM)
@@ -170,7 +171,7 @@ def _change_server(
 
 
 def _write_roster(kits: list[Path], sites: Sites, authority: Authority, keys: Mapping[str, bytes]) -> bool:
-    """Write the same signed roster into every kit; says whether the first kit's was another."""
+    """Write the same signed roster into every kit; returns whether the first kit had another one."""
     listed = [
         RosterSite(name=site.name, clients=site.hosted, key=keys[site.name].decode()) for site in sites.site
     ]

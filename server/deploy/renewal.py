@@ -1,7 +1,7 @@
-"""A server's certificate that is renewed while it serves: a connection is shown the one in the kit by then.
+"""Renewing a server's certificate while it runs: new connections get the certificate that is now in the kit.
 
-TLS lets a server choose its certificate for every handshake (the callback for server names, which OpenSSL
-calls for a client that names none too). So nothing is stopped, and what is connected stays.
+TLS lets a server choose its certificate in every handshake (by the callback for server names, which OpenSSL
+calls also for clients that send no name). So no process is restarted, and existing connections stay open.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 Build = Callable[[], ssl.SSLContext]
-"""Makes a context of the files as they are."""
+"""Builds a context from the present content of the files."""
 
 
 def following(
     build: Build, files: Sequence[Path], tell: Callable[[str], None] = logger.info
 ) -> ssl.SSLContext:
-    """A server's context whose handshakes take what `build` makes of the files, anew when one has changed.
+    """A server's TLS context that calls `build` again, before a handshake, when one of `files` has changed.
 
-    Files that can't be used, as while only one of a pair has been written, change nothing and are told once.
+    If the changed files are unusable, as while only one of a pair has been written, the previous certificate
+    stays in use, and `tell` gets one line.
 
     Raises:
-        ssl.SSLError, OSError: they can't be used from the beginning.
+        ssl.SSLError, OSError: the files are unusable at the first call.
     """
     return _Followed(build, files, tell).first
 
 
 class _Followed:
-    """The context of now, and what its files were like when it was made."""
+    """The present context, and the state of its files when it was built."""
 
     def __init__(self, build: Build, files: Sequence[Path], tell: Callable[[str], None]) -> None:
         self._build, self._files, self._tell = build, files, tell
@@ -42,7 +43,7 @@ class _Followed:
         self.first.sni_callback = self._choose
 
     def _choose(self, connection: Any, name: str | None, context: ssl.SSLContext) -> None:
-        """Called in every handshake, in the thread that shakes hands."""
+        """The callback for server names: called in every handshake, in the thread of that handshake."""
         if (state := _state_of(self._files)) != self._seen:
             self._seen = state
             self._renew()
@@ -59,7 +60,7 @@ class _Followed:
 
 
 def _state_of(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
-    """What changes whenever a file does; nothing of one that isn't there just now."""
+    """Modification time, inode and size of each file; an empty tuple for a file that doesn't exist."""
     return tuple(_stat(file) for file in files)
 
 
@@ -72,7 +73,7 @@ def _stat(file: Path) -> tuple[int, ...]:
 
 
 def follow_certificates() -> None:
-    """Let every server that uvicorn starts in this process follow its certificate and key."""
+    """Make every server that uvicorn starts in this process reload a changed certificate and key."""
     from uvicorn import config
 
     made = config.create_ssl_context

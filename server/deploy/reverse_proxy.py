@@ -1,8 +1,8 @@
-"""The server's public door: TLS, and of the SuperLink's calls only those that a site needs.
+"""A TLS reverse proxy on the public port that forwards only the SuperLink calls that a site needs.
 
-Flower's SuperLink serves Control, Fleet and Runtime on one port and asks no user who they are, so it
-listens on loopback only, and this gate passes on the exact paths below. What isn't one of them is
-answered 403 and never reaches the SuperLink.
+Flower's SuperLink serves its Control, Fleet and Runtime APIs on one port without authenticating users, so it
+listens on loopback only, and this proxy forwards exactly the paths below. Any other path is answered 403 and
+never reaches the SuperLink.
 """
 
 import asyncio
@@ -50,13 +50,17 @@ BODY_SECONDS = 60.0
 HEAD_LIMIT = 64 * 1024
 """Bytes of a request's head."""
 FROM_A_SITE = 200
-"""The SuperLink answers so only who has proven to be a site by its key."""
+"""The status of the SuperLink's answers to calls that are signed with a site's key."""
 ACTIVATE, IS_ACTIVE = b"/v1/fleet/activate-node", 412
-"""Where a site asks to connect, and how the SuperLink answers one, by its key, that is connected."""
+"""The call by which a site connects, and the answer's status if that site is connected already."""
 
 
 def listen(address: Address) -> socket.socket:
-    """The public socket: loopback if the host is this machine's own, else every interface."""
+    """A socket that listens on the port: on loopback if the host is loopback, else on all interfaces.
+
+    Raises:
+        ConfigError: the port can't be listened on.
+    """
     local = address.host in ("localhost", "::1") or address.host.startswith("127.")
     host = address.host if local and is_address(address.host) else "127.0.0.1" if local else ""
     try:
@@ -69,7 +73,7 @@ def listen(address: Address) -> socket.socket:
 
 
 class ReverseProxy:
-    """Passes the sites' calls from the public socket to the SuperLink, in a thread of its own."""
+    """Forwards the sites' calls from the public socket to the SuperLink, in a thread of its own."""
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class ReverseProxy:
         self._thread.join(timeout=5)
 
     async def _serve(self) -> None:
-        """Serve on asyncio's own loop, which accepts connections through the listener."""
+        """Serve on asyncio's event loop, which accepts connections through the limited listener."""
         watching = asyncio.create_task(self.limits.watch())
         try:
             await self._server.serve([self._listener])
@@ -165,7 +169,7 @@ class ReverseProxy:
 
 
 async def _body(request: Request) -> bytes | None:
-    """The request's body, or None as soon as it is larger than the limit."""
+    """The request's body; None as soon as it exceeds `BODY_LIMIT`."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

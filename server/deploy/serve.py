@@ -1,4 +1,4 @@
-"""A federation's server: Flower's SuperLink on loopback, its executor, and the gate for the sites."""
+"""A federation's server: Flower's SuperLink on loopback, its executor, and the public reverse proxy."""
 
 import json
 import logging
@@ -44,12 +44,16 @@ def serve(
     tell: Callable[[str], None] = logger.info,
     stop: threading.Event | None = None,
 ) -> None:
-    """Serve the federation until SIGTERM, SIGINT or `stop`; `tell` gets a line for what an operator sees.
+    """Serve the federation until SIGTERM, SIGINT or `stop`; `tell` gets every line for the operator.
 
-    The gRPC health protocol is answered on `health_address` (HOST:PORT), or else on a free port of loopback.
+    gRPC health probes are answered on `health_address` (HOST:PORT), by default on a free port of loopback.
 
-    The SuperLink and its executor are restarted when they die. Runs and registered sites are in a
+    The SuperLink and its executor are restarted when they die. Runs and registered sites are stored in a
     database in the kit, so a run goes on after a restart of the SuperLink.
+
+    Raises:
+        ConfigError: the kit is invalid, another server runs on it, or a port can't be listened on.
+        JobError: the SuperLink doesn't start.
     """
     loaded = ServerKit.load(kit)
     for remark in check_server(loaded):
@@ -82,7 +86,7 @@ def serve(
 
 @contextmanager
 def _runtime_file(kit: ServerKit, control: str, health: str) -> Iterator[None]:
-    """Within, the kit says where `submit` finds the Control API, and where health is answered."""
+    """Within, a file in the kit holds the addresses of the Control API (for `submit`) and of health probes."""
     path = runtime_path(kit)
     path.write_text(json.dumps({"control": control, "health": health}), encoding="utf-8")
     try:
@@ -106,7 +110,7 @@ def runtime_path(kit: ServerKit) -> Path:
 
 @dataclass
 class _Server:
-    """The two Flower programs of a server, and which sites are connected."""
+    """A server's two Flower processes, its supervision of runs, and the sites that are connected."""
 
     kit: ServerKit
     port: int
@@ -117,13 +121,13 @@ class _Server:
     online: set[str] = field(default_factory=set)
     pause: float = 1.0
     written: tuple[float, ...] = ()
-    """When the kit's table and the sites' keys were last written."""
+    """The modification times of the kit's table and of the folder of the sites' keys."""
     last_heard: LastHeard = field(default_factory=LastHeard)
     keys: dict[str, bytes] = field(default_factory=dict)
     """Each site's public key."""
     silent: set[str] = field(default_factory=set)
     refused: dict[tuple[str, str], float] = field(default_factory=dict)
-    """When it was last told of a site and an address that a connection from there was refused."""
+    """By site and address, the time of the last line about a refused connection from there."""
     clock: Callable[[], float] = time.monotonic
     looked_at_certificates: float = field(init=False)
 
@@ -174,7 +178,7 @@ class _Server:
         self._look_around()
 
     def _wait_for_superlink(self) -> None:
-        """Return once the SuperLink answers, or once we are to stop."""
+        """Return once the SuperLink answers or the server is to stop; raises JobError if it doesn't start."""
         deadline = time.monotonic() + START_SECONDS
         while not self.stop.wait(0.1):
             try:
@@ -185,7 +189,7 @@ class _Server:
                     raise JobError(f"the SuperLink did not start:\n{self.superlink.last_words()}") from None
 
     def watch(self) -> None:
-        """Keep both programs running and tell who comes and goes, until we are to stop."""
+        """Restart processes that end, and report sites that come and go, until the server is to stop."""
         while not self.stop.wait(WATCH_SECONDS):
             for child in (self.superlink, self.superexec):
                 if not child.running:
@@ -195,7 +199,7 @@ class _Server:
             self._look_at_certificates()
 
     def _look_at_certificates(self) -> None:
-        """Once a day tell what expires soon, or has expired: a server may run for years."""
+        """Report, once a day, certificates that expire soon or have expired: a server may run for years."""
         if self.clock() - self.looked_at_certificates < DAY_SECONDS:
             return
         self.looked_at_certificates = self.clock()
@@ -207,7 +211,7 @@ class _Server:
             self.tell(remark)
 
     def _follow_kit(self) -> None:
-        """Let in the sites that the kit has now: provisioning may have added some, and taken some out."""
+        """Admit exactly the sites that are now in the kit, which provisioning may have changed."""
         written = _last_written(self.kit)
         if written == self.written:
             return
@@ -262,7 +266,7 @@ class _Server:
         self._tell_refused()
 
     def _tell_silent(self) -> None:
-        """Name the sites of which nothing was heard for a while, though they aren't offline yet."""
+        """Report sites that have become silent, or are heard again, while Flower counts them as online."""
         silent = self.last_heard.silent(self.keys, self.online)
         for name in sorted(silent.keys() - self.silent):
             self.tell(f"{name} is silent: nothing was heard of it for {silent[name]:.0f} s")
@@ -271,7 +275,7 @@ class _Server:
         self.silent = set(silent)
 
     def _tell_refused(self) -> None:
-        """Name the sites that asked to connect while they are connected, once a minute for each address."""
+        """Report refused connections of sites that are connected already, once a minute for each address."""
         sites = {key: site for site, key in self.keys.items()}
         for key, address in self.last_heard.take_refused():
             site, now = sites.get(key, ""), self.clock()
@@ -289,11 +293,10 @@ class _Server:
                 self.tell(f"not in the server's log: {error}")
 
     def _look_at_runs(self) -> None:
-        """Tell `health` how runs stand; those whose process died are started again.
+        """Update the health of runs, and start runs again whose process died.
 
-        Asked for are the latest one and those that go on.
-
-        For Flower tidies up after every finished run that it lists, each time.
+        Only the latest run and those in progress are requested, because Flower cleans up after every finished
+        run each time it lists it.
         """
         latest = self.control.runs(limit=1)
         if latest and not self.health.knows(latest[0].run_id):
@@ -305,7 +308,7 @@ class _Server:
             self.supervisor.look(runs)
 
     def status(self) -> Federation:
-        """How the federation stands at this moment; for any thread."""
+        """The federation's present status; may be called from any thread."""
         control = FlowerControlClient(self.superlink_address, self.kit)
         try:
             nodes, runs = control.nodes(), tuple(control.runs())
@@ -327,12 +330,12 @@ class _Server:
         )
 
     def _with_next_run(self, run: Run) -> Run:
-        """The run with what became of it, where its process died."""
+        """The run; if its process died and it was started again, with the new run's id in its details."""
         following = self.supervisor.record.continued.get(run.run_id)
         return run if following is None else replace(run, details=f"goes on as run {following}")
 
     def close(self) -> None:
-        """Stop the executor first: a ServerApp can then still say how it ended."""
+        """Stop both processes, the executor first, so that a ServerApp can still report how it ended."""
         self.superexec.stop()
         self.superlink.stop(grace=3)
         self.control.close()

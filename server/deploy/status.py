@@ -1,7 +1,7 @@
-"""How a federation stands, asked of the server that runs on a kit; needs neither Flower nor torch.
+"""A federation's status, asked from the server that runs on a kit; imports neither Flower nor torch.
 
-The server answers on a Unix socket in the kit's state folder, which its owner alone may open: whoever
-connects gets JSON, made at that moment, and the end of the stream.
+The server answers on a Unix socket in the kit's state folder that only its owner may open: a client that
+connects gets the present status as JSON, and the end of the stream.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NAME = "status.sock"
 ANSWER_SECONDS = 90.0
 """The server gives the SuperLink 30 seconds for each of two questions."""
 READ_SECONDS = 10.0
-"""How long one who asked may take to read the answer, while nobody else is answered."""
+"""How long a client may take to read the answer; others wait meanwhile."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and how it stands; `outcome` is empty until it is finished.
+    """A run's status; `outcome` is empty until the run is finished.
 
-    One that `died` has failed without an error of its own: its process was killed, or the machine.
+    A run that `died` failed without raising an error: its process was killed, or the machine stopped.
     """
 
     run_id: int
@@ -56,9 +56,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Federation:
-    """How a federation stands: its sites, its latest runs, newest first, and what its health says.
+    """A federation's status: its sites, its latest runs (newest first), and its health.
 
-    `trouble` says why it can't accept a job and is empty while it can. While the SuperLink doesn't answer,
+    `trouble` is the reason why it can't accept a job, empty while it can. While the SuperLink doesn't answer,
     `known` is false, and sites and runs are empty.
     """
 
@@ -68,10 +68,10 @@ class Federation:
     going_on: frozenset[int]
     trouble: str
     health: str
-    """Where the gRPC health protocol is answered."""
+    """The address on which gRPC health probes are answered."""
     known: bool = True
     silent: dict[str, float] = field(default_factory=dict)
-    """Sites that are online and of which nothing was heard for a while, with the seconds since."""
+    """Sites that are online but silent, with the seconds since their last call."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"going_on": sorted(self.going_on)})
@@ -89,11 +89,11 @@ class Federation:
 
 
 def status(kit: Path) -> Federation:
-    """How the federation stands now, as the server that runs on the kit says.
+    """The federation's present status, asked from the server that runs on the kit.
 
     Raises:
         ConfigError: no server runs on the kit.
-        JobError: it is starting or ending, or does not answer.
+        JobError: the server is starting or ending, or does not answer.
     """
     loaded = ServerKit.load(kit)
     try:
@@ -116,12 +116,12 @@ def status(kit: Path) -> Federation:
 
 
 def lock_path(kit: ServerKit) -> Path:
-    """The file that a server holds locked from its start to its end."""
+    """The path of the file that a server holds locked from its start to its end."""
     return kit.state / "serve.lock"
 
 
 def no_server(kit: Path) -> ConfigError:
-    """What to raise where no server runs on the kit."""
+    """The error to raise if no server runs on the kit."""
     return ConfigError(
         f"{kit}: no server runs on this kit; start one with: atoll serve {shlex.quote(str(kit))}"
     )
@@ -129,7 +129,7 @@ def no_server(kit: Path) -> ConfigError:
 
 @contextmanager
 def answering(folder: Path, answer: Callable[[], Federation]) -> Iterator[None]:
-    """Within, a thread tells `answer()` to everyone who asks in the kit's state folder, one after another."""
+    """Within, a thread sends `answer()` to each client that connects to the socket in `folder`, in turn."""
     with socket.socket(socket.AF_UNIX) as listener, short_path(folder) as path:
         (folder / NAME).unlink(missing_ok=True)  # of a server that was killed
         listener.bind(f"{path}/{NAME}")
@@ -156,15 +156,15 @@ def _answer_all(listener: socket.socket, answer: Callable[[], Federation]) -> No
             asking.settimeout(READ_SECONDS)
             try:
                 asking.sendall(answer().to_json().encode("utf-8"))
-            except Exception as error:  # noqa: BLE001 - whoever asks next is answered all the same
+            except Exception as error:  # noqa: BLE001 - the next client must still get an answer
                 logger.warning("the status could not be told: %s: %s", type(error).__name__, error)
 
 
 @contextmanager
 def short_path(folder: Path) -> Iterator[str]:
-    """A path to the folder that is short enough for a socket, whose path may have about 100 characters.
+    """Within, a short path to the folder: a Unix socket's path may have only about 100 characters.
 
-    Without /proc there is none but the folder's own.
+    Without /proc it is the folder's own path.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,4 +1,4 @@
-"""Jobs on a live federation: start one, follow it, stop one."""
+"""Start a job on a live federation, follow its log, and stop it."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from atoll.system.lock import is_held
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
-"""How long a server may be away before following a run gives up."""
+"""How long following a run waits for a server that doesn't answer."""
 
 
 def submit(
@@ -33,10 +33,14 @@ def submit(
     tell: Callable[[str], None] = logger.info,
     started: Callable[[int], None] = lambda run_id: None,
 ) -> int:
-    """Run a job on the federation and wait for its end; returns the id under which it ended.
+    """Run a job, given as JSON, on the federation and wait for its end; returns the id under which it ended.
 
-    `show` gets the run's log line by line. Raises JobError unless the run completed. A
-    KeyboardInterrupt leaves the run going, after `tell` got how to follow and to stop it.
+    `show` gets the run's log line by line, `started` the run's id once it is known. A KeyboardInterrupt
+    leaves the run going; `tell` then gets the commands that follow and stop it.
+
+    Raises:
+        ConfigError: no server runs on the kit, or the job is invalid.
+        JobError: the run failed or was stopped.
     """
     with _control(kit, tell) as control:
         audit = ServerAuditLog.open(ServerKit.load(kit).state, Job.from_json(job_json))
@@ -63,10 +67,10 @@ def follow(
     show: Callable[[str], None],
     tell: Callable[[str], None] = logger.info,
 ) -> Run:
-    """The run, once it has finished; `show` gets the server's log line by line meanwhile.
+    """Wait until a run has finished, and return it; `show` gets the run's log line by line.
 
-    A server that is away for a while, as in a restart, is waited for. A run whose process died is followed
-    to the id under which the server starts it again, which `tell` gets.
+    If the server doesn't answer, as during a restart, it is waited for, up to two minutes. If the run's
+    process dies, the run that the server starts in its place is followed, and `tell` gets its id.
     """
     after, seen = 0.0, time.monotonic()
     while True:
@@ -97,14 +101,14 @@ def _show_lines(text: str, show: Callable[[str], None]) -> None:
 def logs(
     kit: Path, run_id: int, *, show: Callable[[str], None], tell: Callable[[str], None] = logger.info
 ) -> Run:
-    """Show a run's log from its beginning to its end; returns how it ended."""
+    """Pass a run's log to `show`, from its beginning to the run's end; returns the finished run."""
     with _control(kit) as control:
         control.run(run_id)
     return follow(kit, run_id, show=show, tell=tell)
 
 
 def stop(kit: Path, run_id: int) -> Run:
-    """Stop a run, under the id under which it goes on; returns how it stands then."""
+    """Stop a run, or the run that was started in its place; returns that run's status after the call."""
     state, end = ServerKit.load(kit).state, time.monotonic() + PATIENCE_SECONDS
     with _control(kit) as control:
         control.run(run_id)  # an unknown one is refused
@@ -121,7 +125,7 @@ def stop(kit: Path, run_id: int) -> Run:
 
 @contextmanager
 def _control(kit: Path, tell: Callable[[str], None] = logger.info) -> Iterator[FlowerControlClient]:
-    """The Control API of the server that runs on the kit."""
+    """Within, a client of the Control API of the server that runs on the kit."""
     control = FlowerControlClient(control_address(kit, tell), ServerKit.load(kit))
     try:
         yield control
@@ -130,10 +134,10 @@ def _control(kit: Path, tell: Callable[[str], None] = logger.info) -> Iterator[F
 
 
 def control_address(kit: Path, tell: Callable[[str], None] = logger.info) -> str:
-    """Where the Control API of the server on the kit is, once a server that is starting has told it.
+    """The address of the Control API of the server on the kit; waits for a server that is starting.
 
     Raises:
-        ConfigError: no server runs on the kit, or one ends before it is ready.
+        ConfigError: no server runs on the kit, or it ended before it was ready.
     """
     loaded, has_told = ServerKit.load(kit), False
     while True:

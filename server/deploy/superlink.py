@@ -1,9 +1,9 @@
-"""Flower's SuperLink, whose part for whoever starts and stops runs asks for a token.
+"""Flower's SuperLink with a token required for its Control API, which starts and stops runs.
 
-Flower 1.41 lets anybody on the server's machine do so who reaches its port on loopback, without a key or a
-certificate. `serve` makes a new token each time it starts, in a file for its owner alone; the SuperLink then
-answers nobody else but sites (by their keys), its own executor (by the kit's secret) and the processes of
-runs (by the tokens that Flower gives them).
+In Flower 1.41 anyone on the server's machine who reaches its loopback port can use that API, without a key or
+a certificate. `serve` makes a new token each time it starts, in a file that only its owner can read. Without
+it the SuperLink answers only sites (authenticated by their keys), its own executor (by the kit's secret) and
+the processes of runs (by the tokens that Flower gives them).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from atoll.system.durable_files import replace_all
 
 HEADER = "x-atoll-control"
 TOKEN_FILE = "ATOLL_CONTROL_TOKEN_FILE"
-"""The environment variable that tells the SuperLink's process where the token is."""
+"""The environment variable that holds the token file's path, for the SuperLink's process."""
 WITHOUT_TOKEN = ("/v1/fleet/", "/v1/runtime/", "/health")
-"""What has another way to tell who asks, or tells nothing."""
+"""Paths that need no token: they authenticate callers in another way, or reveal nothing."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -34,27 +34,27 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def token_path(kit: ServerKit) -> Path:
-    """Where the token of the server that runs on the kit is."""
+    """The path of the file with the token of the server that runs on the kit."""
     return kit.state / "control.token"
 
 
 def new_token(kit: ServerKit) -> None:
-    """Make another one, which only the file's owner can read."""
+    """Write a new random token, which only the file's owner can read."""
     kit.state.mkdir(mode=0o700, exist_ok=True)
     replace_all({token_path(kit): secrets.token_hex(32).encode()}, 0o600)
 
 
 class TokenInterceptor:
-    """Attaches the token to every call of a client."""
+    """Adds the token to every call of a client of the Control API."""
 
     def __init__(self, kit: ServerKit) -> None:
         self._path = token_path(kit)
 
     def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
-        """Add the header; the file is read each time, for a server that starts again makes another token.
+        """Add the token's header and make the call; the file is read anew, as a restart changes the token.
 
         Raises:
-            JobError: this user may not read it.
+            JobError: this user may not read the token's file.
         """
         try:
             context.request.headers[HEADER] = self._path.read_text("ascii")
@@ -64,7 +64,7 @@ class TokenInterceptor:
 
 
 class TokenMiddleware:
-    """Lets through to the app what has the token, and what needs none."""
+    """Passes requests on to the app that carry the token or need none; others are answered 401."""
 
     def __init__(self, app: App, token: bytes) -> None:
         self.app, self.token = app, token
@@ -90,7 +90,7 @@ class TokenMiddleware:
 
 
 def superlink() -> None:
-    """Flower's SuperLink behind the token, with large objects in files; the entry of a child process."""
+    """Run Flower's SuperLink with the token and with large objects in files; entry point of a process."""
     from flwr.superlink import main
     from flwr.superlink.cli.flower_superlink import flower_superlink
     from starlette.middleware import Middleware

@@ -1,8 +1,8 @@
-"""Runs that go on after their process died: started again after their last whole round, under a new id.
+"""Restarting runs whose process died: each goes on after its last complete round, under a new id.
 
-A run's process holds a lock file of its own, so that its death is seen at once, also by a server that has
-been started anew itself. What is known of each run is in the kit's `state/runs.json`, which the server alone
-writes: `submit`, `logs`, `stop` and `status` read there what became of a run.
+A run's process holds a lock on a file of its own, so that its death is noticed at once, also by a server that
+has been restarted itself. The state of each run is in the kit's `state/runs.json`, which only the server
+writes; `submit`, `logs`, `stop` and `status` read from it under which id a run goes on.
 """
 
 from __future__ import annotations
@@ -25,68 +25,68 @@ logger = logging.getLogger(__name__)
 
 RECORD = "runs.json"
 MOST_DEATHS = 5
-"""So often a run is started again without a whole round in between; then something else is wrong."""
+"""How often a run is started again without completing a round in between; then it is given up."""
 TOO_OFTEN = (
     "its process died {deaths} times after round {rounds}; once what kills it is mended, it goes on with"
     " atoll submit --resume"
 )
 LINGER_SECONDS = 20.0
-"""What a process has to end by itself, once its run counts as ended."""
+"""How long a process may take to end by itself once its run has ended."""
 KEPT = 200
-"""How many runs that went on under another id are remembered."""
+"""How many runs that were restarted, and how many that were given up, stay in the record."""
 
 
 class Control(Protocol):
-    """What is asked of Flower's SuperLink."""
+    """The calls to Flower's SuperLink that supervision needs; `FlowerControlClient` implements them."""
 
     def run(self, run_id: int) -> Run:
-        """How one run stands."""
+        """The status of one run."""
 
     def runs(self, limit: int = 20) -> list[Run]:
         """The latest runs, newest first."""
 
     def config(self, run_id: int) -> tuple[str, str]:
-        """A run's job and its run directory."""
+        """(the job of a run as JSON, its run directory)."""
 
     def start_job(self, job: str, out: str) -> int:
         """Start a run; returns its id."""
 
     def stop(self, run_id: int) -> bool:
-        """Whether the run was stopped by this call."""
+        """Stop a run; returns whether this call stopped it."""
 
 
 class Going(BaseModel):
-    """A run that is to come to its end."""
+    """A run in progress: its job as JSON, and its run directory."""
 
     model_config = ConfigDict(extra="forbid")
 
     job: str
     out: str
     rounds: int = 0
-    """Whole rounds when it was last started."""
+    """The number of complete rounds when it was last started."""
     deaths: int = 0
-    """How often its process has died since."""
+    """How often its process has died in a row without completing a round."""
     restarting: bool = False
-    """Whether its next start is under way: it may have happened, should this server have died then."""
+    """Whether the server is starting it again; after a crash of the server that may have happened already."""
 
 
 class Record(BaseModel):
-    """What became of runs, by id."""
+    """The runs in progress, and what happened to those whose process died, by run id."""
 
     model_config = ConfigDict(extra="forbid")
 
     going_on: dict[int, Going] = {}
     continued: dict[int, int] = {}
-    """The id under which each goes on."""
+    """The id of the run that was started in the place of each."""
     given_up: dict[int, str] = {}
-    """Why it isn't started again."""
+    """The reason why each isn't started again."""
 
     @classmethod
     def load(cls, state: Path) -> Record:
-        """The record in a kit's state folder; an empty one where there is none.
+        """Read the record in a kit's state folder; an empty record if there is none.
 
         Raises:
-            ConfigError: it can't be read.
+            ConfigError: the file can't be read or is damaged.
         """
         path = state / RECORD
         try:
@@ -97,27 +97,27 @@ class Record(BaseModel):
             raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
     def save(self, state: Path) -> None:
-        """Write it, on the disk when this returns."""
+        """Write the record and sync it to disk."""
         for table in (self.continued, self.given_up):
             for run_id in list(table)[:-KEPT]:
                 del table[run_id]
         replace_synced(state / RECORD, self.model_dump_json(indent=1).encode())
 
     def latest(self, run_id: int) -> int:
-        """The id under which the run goes on now, or went on last."""
+        """The id of the last run that was started in this run's place; the run's own id if there is none."""
         while run_id in self.continued:
             run_id = self.continued[run_id]
         return run_id
 
 
 def process_file(state: Path, run_id: int) -> Path:
-    """The file that a run's process holds locked for as long as it lives."""
+    """The path of the file that a run's process holds locked for as long as it lives."""
     return state / "runs" / f"{run_id}.pid"
 
 
 @dataclass
 class RunSupervisor:
-    """Sees to it that every run comes to an end of its own: a result, an error that it tells, or a stop."""
+    """Starts runs again whose process died, until each ends with a result, an error of its own, or a stop."""
 
     state: Path
     control: Control
@@ -125,18 +125,18 @@ class RunSupervisor:
     clock: Callable[[], float] = time.monotonic
     record: Record = field(init=False)
     dead: dict[int, float] = field(default_factory=dict)
-    """Since when each run's process is known to be dead."""
+    """The time at which each run's process was first found dead."""
     lingering: dict[int, float] = field(default_factory=dict)
-    """Since when each process lives whose run has ended."""
+    """For each process that outlives its run, the time at which that was first noticed."""
 
     def __post_init__(self) -> None:
         self.record = Record.load(self.state)
 
     def look(self, runs: Iterable[Run]) -> None:
-        """Take note of how runs stand, and start again those whose process died.
+        """Record the status of these runs, and start again those whose process died.
 
         Raises:
-            JobError: the SuperLink doesn't answer; the next look goes on.
+            JobError: the SuperLink doesn't answer; the next call continues where this one stopped.
         """
         seen = {run.run_id: run for run in runs}
         for run in seen.values():
@@ -165,16 +165,16 @@ class RunSupervisor:
             self._go_on(run)
 
     def _is_dead(self, run_id: int) -> bool:
-        """Whether the process was dead at an earlier look, after which the run still hadn't ended.
+        """Whether the process was found dead at an earlier call too, and the run hasn't ended since.
 
-        A process tells how its run ended before it ends itself.
+        One call isn't enough: a process reports its run's end just before it exits.
         """
         is_known = run_id in self.dead
         self.dead.setdefault(run_id, self.clock())
         return is_known
 
     def _end_process(self, run_id: int) -> None:
-        """Wait for a process whose run counts as ended, for it holds the run directory; then kill it."""
+        """Kill a process whose run has ended, after a grace period: it still holds the run directory."""
         since = self.lingering.setdefault(run_id, self.clock())
         if self.clock() - since > LINGER_SECONDS:
             logger.warning("the process of run %d does not end; killing it", run_id)
@@ -215,7 +215,7 @@ class RunSupervisor:
         self.tell(goes_on(run_id, following))
 
     def _already_started(self, run_id: int, out: str) -> int | None:
-        """The run in the same run directory that was submitted after this one, if there is one."""
+        """The id of a run in the same run directory that was submitted after this one; None without one."""
         for run in self.control.runs():
             if run.run_id == run_id:
                 return None
@@ -237,12 +237,12 @@ class RunSupervisor:
 
 
 def goes_on(run_id: int, following: int) -> str:
-    """The line about a run whose process died."""
+    """The operator's line about a run whose process died and that was started again."""
     return f"the process of run {run_id} died; it goes on as run {following}"
 
 
 def whole_rounds(out: str) -> int:
-    """How many rounds the run directory has lines of."""
+    """The number of complete rounds in a run directory, by the lines of its metrics.jsonl."""
     try:
         return (Path(out) / "metrics.jsonl").read_bytes().count(b"\n")
     except OSError:
@@ -255,7 +255,9 @@ def pause(deaths: int) -> float:
 
 
 def became(state: Path, run: Run) -> Run | int | None:
-    """What became of a run that has finished: its end, the id under which it goes on, None: not known yet.
+    """The final state of a finished run; or the id of the run that was started in its place.
+
+    None as long as the server hasn't decided whether to start it again.
 
     Raises:
         ConfigError: the record can't be read.
