@@ -1,4 +1,4 @@
-"""The server as a Flower ServerApp: the rounds, over whatever Flower's grid reaches."""
+"""The server as a Flower ServerApp, and the transport that runs its rounds over a Flower grid."""
 
 from __future__ import annotations
 
@@ -50,42 +50,42 @@ from atoll.tasks.metric_values import values_in_words
 
 logger = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+Item = TypeVar("Item")
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
-"""How often to look whether a node connected anew while its answer is awaited."""
+"""The interval of checks whether a node has reconnected while its answer is awaited."""
 MARK = "atoll: "
-"""Stands before our lines in a log that is Flower's too."""
+"""The prefix of Atoll's lines in a log that also has Flower's."""
 ARRIVAL_SECONDS = 0.02
-"""How long to wait before asking again for an array that is on its way; Flower waits 1 s, then 2 s, …"""
+"""The pause before asking again for an array that hasn't arrived; Flower waits 1 s, then 2 s, …"""
 REJOIN_SECONDS = 120.0
-"""What a site whose connection is lost has to come back; the server notices after up to a minute."""
+"""How long a site may take to reconnect; the server notices a lost connection after up to a minute."""
 GONE = "its site is not connected"
 NO_REASON = "the site gave no reason"
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
-"""A message that went away with a process that died; it is sent again."""
+"""Errors of a message that was lost with a process that died; it is sent again."""
 RESEND_SECONDS = 60.0
-"""Without an answer a message is sent again after this time, then after twice as long, and so on.
+"""A message without an answer is sent again after this time, then after twice as long, and so on.
 
 A site answers the same request with the same reply and does not train twice.
 """
 RESEND_PART = 0.25
-"""Part of the time for a round after which it is sent again, where that is sooner."""
+"""The fraction of the round's timeout after which it is sent again, if that is sooner."""
 AGAIN_SECONDS = 1.0
-"""After this time a node is asked again whose answer was lost on its way, or not signed by its site."""
+"""The pause before a node is asked again whose answer was lost, or not signed by its site."""
 NO_NODE = -1
 SHOWN_STRANGERS = 5
-"""Names of one message that are logged."""
+"""How many unexpected names in one message are logged."""
 HELLO_AGAIN_SECONDS = 5.0
-"""The same of a greeting, which costs little; `federation.wait` bounds how long one may be lost."""
+"""When a request for greetings is sent again, which is cheap; `federation.wait` bounds the whole wait."""
 
 
 @dataclass
 class FlowerTransport:
-    """Brings requests to the nodes behind a Flower grid, and knows which client lives at which node.
+    """Sends requests to the nodes of a Flower grid and collects replies; knows each client's node.
 
-    No other site may speak for a client that the federation's roster names. Where answers are `signed`, none
-    is read whose signature isn't that site's, for this very request.
+    Only a client's own site, by the federation's roster, may answer for it. If answers are `signed`, only
+    those are read whose signature is that site's for this very request.
     """
 
     grid: Grid
@@ -102,14 +102,14 @@ class FlowerTransport:
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
     unsigned: Counter[int] = field(default_factory=Counter)
-    """How many greetings came of each node in which nothing was signed by its site."""
+    """How many messages with greetings each node sent in which its site had signed nothing."""
     job: Job | None = None
 
     def discover_clients(self, job: Job) -> ClientRoster:
-        """Ask every node who lives there, until the job's number of clients is there.
+        """Ask all nodes for their clients' greetings until as many clients as the job needs are connected.
 
         Raises:
-            InconsistentUpdates: they weren't there after `federation.wait` seconds.
+            InconsistentUpdates: there were fewer after `federation.wait` seconds.
         """
         self.job = job
         needed, deadline = job.federation.clients, time.monotonic() + job.federation.wait
@@ -156,7 +156,7 @@ class FlowerTransport:
                 self.greeted[node] = hellos
 
     def _by_client(self) -> list[Hello]:
-        """All that were greeted, by name, each from its site in the roster or the site of that name."""
+        """All clients' greetings, by name; each must be from its site in the roster, or the site of its name."""
         registered = {node.name: node.node_id for node in self.grid.get_nodes() if node.name}
         homes = {} if self.roster is None else self.roster.sites
         by_client: dict[str, Hello] = {}
@@ -179,16 +179,16 @@ class FlowerTransport:
                 self.audit.left_out(self._site(node), client)
 
     def _site(self, node: int) -> str:
-        """The name of a node's site, where it is known."""
+        """The name of a node's site; `node ID` if it isn't known."""
         return self.sites.get(node, f"node {node}")
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
-        """One message for every node that hosts any of the named clients; their replies one by one."""
+        """Send one message to every node that hosts any of the named clients; yields the clients' replies."""
         replies: Iterator[Reply] = _waited_for(self.ask_ahead(request, names, timeout))
         yield from replies
 
     def ask_ahead(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply | None]:
-        """The same without waiting: None whenever nothing more has come yet."""
+        """As `send_and_receive`, without waiting: yields None whenever nothing new has arrived yet."""
         answers: dict[str, dict[str, Any]] = {}
 
         def noted(arrived: Came | None) -> Reply | None:
@@ -205,7 +205,7 @@ class FlowerTransport:
                 self.audit.answered(request, answers)
 
     def _exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Came | None]:
-        """Each reply, with the length and the SHA-256 of what came; None while there is none."""
+        """Each reply, with the size and SHA-256 of what was received; None while nothing new has arrived."""
         head, shared = encode_request(request)
         common, hosts = bodies_of({"tensors": shared}), self._hosts(names)
         asked = {node: Exchange.new(request.run, request.round) for node in hosts}
@@ -234,7 +234,7 @@ class FlowerTransport:
                 yield from ((Failure(name, reply), None) for name in hosts[node])
                 continue
             check = self._check(node, asked[node])
-            yield from unsigned.believed(node, self._read(reply, node, hosts[node], check), check)
+            yield from unsigned.accepted(node, self._read(reply, node, hosts[node], check), check)
             if node in unsigned.again:
                 self._tell_unsigned(request, unsigned.refused[node])
             del answer, reply  # they may be large, and the next one may be long in coming
@@ -249,7 +249,7 @@ class FlowerTransport:
                 self.audit.refused(request, {reply.client: answer_of(reply, came)})
 
     def _check(self, node: int, exchange: Exchange) -> SignatureCheck | None:
-        """What a node's answer is held against; nothing where answers aren't signed."""
+        """The check of the signatures in a node's answer; None where answers aren't signed."""
         if not self.signed or self.roster is None:
             return None
         return SignatureCheck(self.roster, self.sites.get(node, ""), exchange)
@@ -280,12 +280,12 @@ class FlowerTransport:
         again: set[int],
         one_by_one: bool = False,
     ) -> Iterator[tuple[int, RecordDict | str] | None]:
-        """(node, what it replied, or why it did not) as replies come; nothing of one that is too late.
+        """(node, its reply or the reason why there is none), as replies arrive; late nodes yield nothing.
 
-        Whenever it has looked at all that came it yields None, and whoever reads on should sleep before.
-        A node whose connection is gone has `patience` seconds to come back and is then asked again; so is one
-        that whoever reads puts into `again`. Replies that may be large are fetched `one_by_one`, so that no
-        two nodes' are in memory.
+        None is yielded after each poll of all nodes; the caller should then pause. A node whose connection is
+        lost has `patience` seconds to reconnect and is then asked again; so is a node that the caller adds to
+        `again`. With `one_by_one`, replies, which may be large, are fetched one at a time, so that only one
+        is in memory.
         """
         start = time.monotonic()
         soon = HELLO_AGAIN_SECONDS if kind == "query" else timeout * RESEND_PART
@@ -314,7 +314,7 @@ class FlowerTransport:
     def _pulled(
         self, messages: Sequence[str], sent: dict[str, int], due: dict[int, float], patience: float
     ) -> Iterator[tuple[int, RecordDict | str]]:
-        """The replies to messages that have come; they are taken out of what is `sent` and who is `due`."""
+        """The replies that have arrived to these messages, which are removed from `sent` and `due`."""
         for reply in self.grid.pull_messages(messages):
             node = sent.pop(reply.metadata.reply_to_message_id, NO_NODE)
             if node not in due:
@@ -337,18 +337,18 @@ class FlowerTransport:
                 logger.warning("%s: connection lost, waiting up to %.0f s", who, patience)
 
     def _shown(self, name: str) -> str:
-        """What may be said of who was asked: of a secret cohort's members nothing."""
+        """The name to show for a client or node; neutral where the cohort's members must stay secret."""
         return name if self.job is None else unless_secret(self.job, name, "a client")
 
     def _is_gone(self, node: int, patience: float) -> bool:
         return node in self.gone and time.monotonic() >= self.gone[node] + patience
 
     def _activations(self) -> dict[int, str]:
-        """When each node that is online connected."""
+        """The time at which each node that is online connected."""
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
     def _back(self, activated: dict[int, str]) -> set[int]:
-        """Nodes that connected since `activated`, now brought up to date: what they were sent is lost."""
+        """Nodes that reconnected since `activated`, which is updated: messages sent to them are lost."""
         now = self._activations()
         back = {n for n, moment in now.items() if n in self.gone or activated.get(n, moment) != moment}
         activated |= now
@@ -357,7 +357,7 @@ class FlowerTransport:
         return back
 
     def _push(self, letters: Mapping[int, RecordDict], kind: str, timeout: float) -> dict[str, int]:
-        """Send letters to their nodes; which message id went to which node."""
+        """Send each node its letter; returns the node of each message id."""
         while letters:
             messages = [
                 Message(content, dst_node_id=node, message_type=kind, ttl=timeout + 60)
@@ -371,9 +371,9 @@ class FlowerTransport:
         return {}
 
 
-def _waited_for(looks: Iterator[Found | None]) -> Iterator[Found]:
-    """What comes, with a pause after each look at which nothing more had come."""
-    for reply in looks:
+def _waited_for(polls: Iterator[Item | None]) -> Iterator[Item]:
+    """The items of `polls` without its Nones, with a pause of `POLL_SECONDS` at each None."""
+    for reply in polls:
         if reply is None:
             time.sleep(POLL_SECONDS)
         else:
@@ -389,7 +389,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Play the job that the run's configuration carries; results go to its `out`."""
+    """Run the job in the run's configuration; results are written to its `out`."""
     configure_logging()
     _hold_process_file(context.run_id)
     _watch_uploads(grid)
@@ -414,27 +414,27 @@ _process_file: TextIO | None = None
 
 
 def _hold_process_file(run_id: int) -> None:
-    """Until this process ends, however it ends, the server sees that it lives."""
+    """Lock the run's process file until this process ends, so that the server can tell that it is alive."""
     global _process_file
     _process_file = hold(process_file(_kit() / "state", run_id))
 
 
 def _kit() -> Path:
-    """The folder of the kit whose server started this process."""
+    """The folder of the kit of the server that started this process."""
     return Path(os.environ["FLWR_HOME"]).parent.parent
 
 
 def _books() -> LedgerLocation:
-    """The federation's own, in its kit: they outlive runs."""
+    """The location of the federation's privacy ledger, in its kit: it outlives runs."""
     state = _kit() / "state"
     authority = (state.parent / "ca.crt").read_bytes()
     return LedgerLocation(state / "ledger.jsonl", f"federation {hashlib.sha256(authority).hexdigest()}")
 
 
 def _watch_uploads(grid: Grid) -> None:
-    """Give a reply up at once when its sender is gone; Flower waits three minutes for its arrays.
+    """Make Flower's client give up a reply at once if its sender is disconnected, not after three minutes.
 
-    Also, ask for arrays on their way after 20 ms and not after a second.
+    Also ask again for arrays that haven't arrived after 20 ms instead of a second.
     """
     client = cast(Any, grid)._runtime_client
     ask = client.PullMessages
@@ -469,7 +469,7 @@ def _watch_uploads(grid: Grid) -> None:
 
 
 def configure_logging() -> None:
-    """Write our own log lines to standard output, which Flower carries to `atoll submit` and `logs`."""
+    """Write Atoll's log lines to standard output, which Flower forwards to `atoll submit` and `logs`."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(MARK + "%(message)s"))
     logging.getLogger("atoll").addHandler(handler)
@@ -477,7 +477,7 @@ def configure_logging() -> None:
 
 
 def announce(event: Event) -> None:
-    """A line for every step of the run."""
+    """Log one line for each event of the run."""
     match event:
         case ClientsFound():
             logger.info("clients   %s", ", ".join(event.roster.names))
@@ -493,7 +493,7 @@ def announce(event: Event) -> None:
 
 
 def round_in_words(line: Mapping[str, Any]) -> str:
-    """A round's line for people: number, loss, metrics, seconds, how many were set aside."""
+    """A round in one line of text: number, loss, metrics, number of clients set aside, seconds."""
     parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
     parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
     parts += [f"{len(line['set_aside'])} set aside"] if line["set_aside"] else []

@@ -1,4 +1,4 @@
-"""What can be said of a job at once: before any data is read, and before torch is there."""
+"""Checks of a job that need neither its data nor torch, so that mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from atoll.tasks.data_info import check_info_stated, is_silent
 
 
 def check_named(job: Job) -> None:
-    """See whether the task, the strategy and the backbone that the job names are there; none is loaded.
+    """Check that the job's task, metrics, strategy and backbone exist, without loading them.
 
     Raises:
-        ConfigError, WeightsError: there is none of that name, or the strategy can't merge such rounds.
+        ConfigError, WeightsError: a name is unknown, or the strategy can't merge this job's rounds.
     """
     check_task(job.task.name)
     check_metrics(job)
@@ -29,10 +29,10 @@ def check_named(job: Job) -> None:
 
 
 def check_simulated(job: Job) -> None:
-    """As `check_named`, of a run on this machine, whose data is the job's own source.
+    """Check a job to be simulated: as `check_named`, and that its source and its partition exist.
 
     Raises:
-        ConfigError, WeightsError: there is none of that name.
+        ConfigError, WeightsError: a name is unknown, or the strategy can't merge this job's rounds.
     """
     check_task(job.task.name)
     check_source(job)
@@ -41,10 +41,10 @@ def check_simulated(job: Job) -> None:
 
 
 def source_of(job: Job) -> Source | Extension | None:
-    """The source that the job names, Atoll's own or an extension's; None for a path or one of the Hub.
+    """The built-in source or the extension's source that the job names; None for a path or a Hub data set.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the name is unknown.
     """
     if Path(job.data.source).is_absolute() or job.data.is_on_hub:
         return None
@@ -52,12 +52,12 @@ def source_of(job: Job) -> Source | Extension | None:
 
 
 def check_source(job: Job) -> None:
-    """See whether the source is a path, one of the Hub, or a name of one that holds data of the job's task.
+    """Check that the job's source exists, that it fits the job's task, and that `data.options` are valid.
 
-    An extension's may be for any task: what it returns is read as that task reads files.
+    Paths, Hub data sets and extensions' sources fit every task: they are read as the task reads files.
 
     Raises:
-        ConfigError: it is none of these, or `data.options` aren't its options.
+        ConfigError: the source is unknown or for other tasks, or `data.options` aren't its options.
     """
     source = source_of(job)
     check_source_options(job)
@@ -71,7 +71,7 @@ def check_source(job: Job) -> None:
 
 
 def check_source_options(job: Job) -> None:
-    """Raises ConfigError unless `data.options` are the source's: none where it isn't an extension's."""
+    """Raises ConfigError unless the source accepts `data.options`; only extensions' sources have any."""
     source = ALL_SOURCES.get(job.data.source)
     if isinstance(source, Extension):
         checked_options(source.loaded(), job.data.options, "data.options")
@@ -81,7 +81,7 @@ def check_source_options(job: Job) -> None:
 
 
 def validate_for_deployment(job: Job) -> None:
-    """Raises ConfigError if the job asks for what only a simulation has, or what no site may tell."""
+    """Raises ConfigError if the job needs what only a simulation has, or what sites must not reveal."""
     if job.federation.devices is not None:
         raise ConfigError(
             "federation.devices: simulates devices, a real federation has its own; expected a job without"

@@ -1,6 +1,6 @@
-"""What a site sent, before anything believes it: sizes first, then who signed it, then form.
+"""Checks of the messages that sites send: sizes first, then signatures, then the content's form.
 
-Whatever is wrong with a message sets its own clients aside with a reason, and touches no others.
+A fault in a message sets only the clients of that message aside, with a reason.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from atoll.tasks import task_named
 from atoll.tasks.info_checks import check_info
 
 MOST_CLIENTS = 10_000
-"""That one site may host."""
+"""The number of clients that one site may host."""
 MOST_UNSIGNED = 3
-"""Messages in the place of one answer that its site has not signed, before its clients are set aside."""
+"""After this many unsigned messages in place of one answer, the site's clients are set aside."""
 
 Came = tuple[Reply, tuple[int, str] | None]
-"""A reply, with the length and the SHA-256 of what came of its client."""
+"""(a client's reply, (bytes received, their SHA-256)); None where nothing was received."""
 
 
 def greetings(content: Content, site: str, job: Job, check: SignatureCheck | None = None) -> list[Hello]:
-    """The clients of a site as they introduce themselves, with a refusal for each that can't take part.
+    """The greetings in a site's message, one per client, each with a refusal if it is invalid.
 
-    Without a `check` greetings are not signed.
+    Without a `check`, greetings carry no signatures.
     """
     try:
         texts = unpacked_greetings(content)
@@ -53,27 +53,27 @@ def greetings(content: Content, site: str, job: Job, check: SignatureCheck | Non
         hellos = [hello_from_json(text) for text in texts]
     except DataError as error:
         return [Hello(site, {}, 0, refusal=cleaned(f"its greeting cannot be read: {error}"))]
-    return [_believed(hello, job) for hello in hellos]
+    return [_checked(hello, job) for hello in hellos]
 
 
 def _with_names(texts: Sequence[str], seal: Seal | None) -> list[tuple[str, str, Seal]]:
-    """Each greeting with the client that it is signed for."""
+    """(client, greeting, signatures) for each greeting; the client is the one that it is signed for."""
     if seal is None or len(seal.signatures) != len(texts):
         raise DataError("its message has no signature of its site")
     return [(name, text, seal) for name, text in zip(seal.signatures, texts, strict=True)]
 
 
 def _signed(name: str, text: str, seal: Seal, job: Job, check: SignatureCheck) -> Hello:
-    """A greeting, read once its signature is found to be that client's site's."""
+    """A greeting, parsed only if its signature is valid and from the site of the client `name`."""
     if fault := check.fault(seal, name, content_sha256(text, b"")):
         return Hello(cleaned(name, 100), {}, 0, refusal=fault)
     hello = hello_from_json(text)
     if hello.client != name:
         raise DataError(f"it is signed for {cleaned(name, 100)!r} and tells of {hello.client!r}")
-    return _believed(hello, job)
+    return _checked(hello, job)
 
 
-def _believed(hello: Hello, job: Job) -> Hello:
+def _checked(hello: Hello, job: Job) -> Hello:
     if hello.refusal:
         return replace(hello, data_info={}, num_examples=0, counts=[])
     try:
@@ -88,10 +88,11 @@ def _believed(hello: Hello, job: Job) -> Hello:
 
 @dataclass(frozen=True)
 class Replies:
-    """The replies in one message of a site that was asked for the clients `asked`.
+    """Iterates over the replies in one message of a site that was asked for the clients `asked`.
 
-    `greeted` says how many examples a client told of, where it did; `strangers` are names that the message
-    has beside those asked for, whose content nobody looks at. Without a `check` replies are not signed.
+    `greeted` has the number of examples in each client's greeting, where it reports one. `strangers` gets the
+    names in the message that weren't asked for; their content is ignored. Without a `check`, replies carry no
+    signatures.
     """
 
     content: Content
@@ -100,10 +101,10 @@ class Replies:
     strangers: list[str] = field(default_factory=list)
     check: SignatureCheck | None = None
     came: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """How many bytes came of each client, and their SHA-256."""
+    """By client: (bytes received, their SHA-256)."""
 
     def __iter__(self) -> Iterator[Reply]:
-        """One reply for every client that was asked."""
+        """One reply for every client in `asked`; a Failure with the reason where there is no valid one."""
         try:
             heads, bodies = unpacked(self.content)
             seal = seal_of(self.content)
@@ -120,7 +121,10 @@ class Replies:
                 yield self._reply(name, heads[name], bodies[name])
 
     def _signature_fault(self, seal: Seal | None, name: str, head: str, body: bytes) -> str:
-        """Why it isn't what the client's site sends for this request; `came` has what it is."""
+        """Why the reply isn't one that the client's site has signed for this request; empty if it is.
+
+        Size and hash of the reply are recorded in `came`.
+        """
         try:
             digest = content_sha256(head, body)
         except DataError as error:
@@ -143,21 +147,21 @@ class Replies:
 
 @dataclass
 class UnsignedMessages:
-    """Messages of one exchange in which nothing is signed by its site, as when somebody else sent them.
+    """The messages of one exchange that contain no valid signature of their site, as if forged.
 
-    The node is asked again: its site's own answer may be still to come, or have been taken away.
+    The node is asked again: its site's own answer may still arrive, or may have been intercepted.
     """
 
     again: set[int] = field(default_factory=set)
-    """Nodes that are to be asked again; whoever does so empties it."""
+    """Nodes to ask again; the sender removes them."""
     refused: dict[int, list[Came]] = field(default_factory=dict)
-    """The reasons, by node, until there is an answer that its site has signed."""
+    """By node, the failures of its last unsigned message, until its site's signed answer arrives."""
     count: Counter[int] = field(default_factory=Counter)
 
-    def believed(self, node: int, read: Iterator[Came], check: SignatureCheck | None) -> Iterator[Came]:
-        """What is read of a node's message, as far as it counts.
+    def accepted(self, node: int, read: Iterator[Came], check: SignatureCheck | None) -> Iterator[Came]:
+        """The replies in a node's message that count; none if nothing in it is validly signed.
 
-        Of one in which nothing is signed that is nothing, but for the last of `MOST_UNSIGNED`.
+        After `MOST_UNSIGNED` unsigned messages of a node, the failures in the last one count.
         """
         refused: list[Came] = []
         for one in read:

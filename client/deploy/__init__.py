@@ -1,1 +1,1 @@
-"""A real site: its processes, and the tasks that it answers."""
+"""A real site: starting its processes, and answering the server's requests."""

@@ -1,9 +1,8 @@
-"""What a site asks of Flower: a SuperNode, and its tasks, answered by the installed code.
+"""A site's SuperNode, and the resident process that answers its tasks with the installed code.
 
-Flower starts a new process for every message and runs the code that came in the run's bundle. Here one
-resident process takes the tasks and runs `atoll.client.app` as installed on this site, so backbone, features
-and shard stay warm, and code from outside is never run. Every non-public Flower call of a site is in
-this file.
+Flower starts a new process for every message and runs the code in the run's bundle. Here one resident process
+takes the tasks and runs `atoll.client.app` as installed on this site, so backbone, features and shard stay in
+memory, and code from outside is never run. A site's use of non-public Flower calls is confined to this file.
 """
 
 import hashlib
@@ -55,31 +54,32 @@ from atoll.system.signals import Interrupted, stop_on_signals
 logger = logging.getLogger(__name__)
 
 logging.getLogger("httpx").setLevel(logging.WARNING)
-"""It has a line for every call, and a site calls many times a minute."""
+"""httpx logs a line for every call, and a site calls many times a minute."""
 
 LARGEST_HASHES = 2**20
-"""Bytes; Atoll's own are some ten thousand."""
+"""Bytes of a bundle's table of hashes; Atoll's own has about ten thousand."""
 
 App = Callable[[Message, Context], Message]
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 SHARE = 0.2
-"""A pause's part of the time that was waited already."""
+"""The ratio of a pause to the time since there was work."""
 ARRIVAL_SECONDS = 0.02
-"""How long to wait before asking again for what is on its way; Flower waits 1 to 10 s."""
+"""The pause before asking again for a message that hasn't arrived; Flower's own is 1 to 10 s."""
 HEARTBEAT_SECONDS = 9
-"""A SuperNode takes off 5 s, waits 0.7 to 0.9 times the rest, and sends a heartbeat; Flower has 30 s.
+"""The SuperNode's heartbeat interval; Flower's default is 30 s.
 
-While its site's clients train it is all that the server hears: it must come before a site counts as silent.
+A SuperNode subtracts 5 s, waits 0.7 to 0.9 times the rest, and sends a heartbeat. While a site's clients
+train, heartbeats are all that the server receives, so they must come before the site counts as silent.
 """
 
 
 @dataclass
 class PollInterval:
-    """How long to wait before asking again: a share of the time since there was work.
+    """The pause between two polls for work, proportional to the time since the last work.
 
-    The site that a round waits for is the one that was given work last, and so asks often; the others ask
-    seldom, which is what the server's SuperLink, at some 15 ms of processor time a question, can bear.
+    A site that has just been given work polls often, so the round that waits for it goes on at once. Idle
+    sites poll seldom, because every poll costs the server's SuperLink about 15 ms of processor time.
 
     >>> interval = PollInterval(clock=iter((0.0, 0.1, 2.0, 60.0)).__next__)
     >>> interval.worked()
@@ -91,15 +91,17 @@ class PollInterval:
     last: float = -math.inf
 
     def worked(self) -> None:
+        """Set the time of the last work to now."""
         self.last = self.clock()
 
     @property
     def seconds(self) -> float:
+        """The pause before the next poll."""
         return min(LONGEST_PAUSE, max(SHORTEST_PAUSE, SHARE * (self.clock() - self.last)))
 
 
 class CodeDiffers(JobError):
-    """A run's bundle is not the code that is installed on this site."""
+    """The server's code, by the hashes in a run's bundle, is not the code that is installed on this site."""
 
 
 @dataclass
@@ -116,12 +118,12 @@ class Executor:
     next_token: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set where the site is to stop; Python can lose an exception that a signal raises, but not this."""
+    """Set when the site is to stop; unlike an exception raised in a signal handler it can't be lost."""
     working: bool = False
     pace: PollInterval = field(default_factory=PollInterval)
 
     def stay(self) -> None:
-        """Answer tasks as they come, until we are to stop."""
+        """Answer tasks as they arrive, until `stop` is set."""
         while not self.stop.is_set():
             if token := self.acquire():
                 self._work(token)
@@ -138,7 +140,7 @@ class Executor:
         self.pace.worked()
 
     def acquire(self) -> str:
-        """The token of the SuperNode's next task, or nothing."""
+        """The token of the SuperNode's next task; empty if there is none."""
         token, self.next_token = self.next_token or self._ask(), ""
         return token
 
@@ -155,25 +157,25 @@ class Executor:
         return answer.token
 
     def has_next_task(self) -> bool:
-        """Whether there is a next task; the SuperNode handles one message at a time."""
+        """Whether the SuperNode has a further task; it handles one message at a time."""
         with self.lock:
             self.next_token = self.next_token or self._ask()
             return bool(self.next_token)
 
     def run(self, token: str) -> None:
-        """Answer one task, unless it is withdrawn meanwhile, as when its run is stopped."""
+        """Answer the task with this token, unless it is withdrawn, as when its run is stopped."""
         with _connection(self.address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeat(client):
             client.has_next_task, client.stopping = self.has_next_task, self.stop.is_set
             try:
                 self._run(client)
             except (httpx.HTTPError, ObjectPullError, ObjectPushError, RuntimeError) as error:
-                # The server asks again, and gets the reply that is there.
+                # The server sends the request again, and then gets the stored reply.
                 logger.warning(
                     "a task was withdrawn, or its reply was lost: %s", " ".join(str(error).split())
                 )
 
     def _run(self, client: RuntimeHttpClient) -> None:
-        """Send what the app replies, or an error if it raises one or we are to leave."""
+        """Send the app's reply, or an error message if the app raises an exception or the site stops."""
         message, context, run, fab = pull_task_input(client)
         began = time.monotonic()
         try:
@@ -198,14 +200,14 @@ class Executor:
         except CodeDiffers as error:
             logger.error("refused a task of run %d: %s", run_id, error)
             return Message(Error(ErrorCode.INVALID_FAB, str(error)), reply_to=message)
-        except Exception as error:  # noqa: BLE001 - whatever the app raises, the server must hear of it
+        except Exception as error:  # noqa: BLE001 - the server must be told of any failure
             _log_failure(run_id, error)
-            # The error's text may quote the shard, so the server learns the kind only.
+            # The error's text may quote the shard, so the server gets only the exception's type.
             reason = f"{type(error).__name__}; the site's log has the rest"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     def _check(self, fab: bytes) -> None:
-        """Raise CodeDiffers unless the bundle's code is the installed code, file by file, extensions too."""
+        """Raise CodeDiffers unless the server's code and extensions are those installed here, by hash."""
         digest = hashlib.sha256(fab).hexdigest()
         if digest in self.accepted:
             return
@@ -223,11 +225,12 @@ class Executor:
 
 
 def answer_tasks() -> None:
-    """Answer a SuperNode's tasks until SIGTERM; the entry of a child process.
+    """Answer a SuperNode's tasks until SIGTERM; the entry point of a child process.
 
-    `sys.argv[1]` is JSON: the SuperNode's `address`, the file with its `secret`, and the `node_config`.
+    `sys.argv[1]` is JSON: the SuperNode's `address`, the path of the file with its `secret`, and the
+    `node_config`.
     """
-    # Imported here because the SuperNode, whose entry is in this file too, does without torch.
+    # Imported here because the SuperNode's process, whose entry point is below, needs no torch.
     from atoll.client.app import app
 
     arguments = json.loads(sys.argv[1])
@@ -243,7 +246,7 @@ def answer_tasks() -> None:
 
 
 def _log_failure(run_id: int, error: Exception) -> None:
-    """Say where it failed; what it said only if it is our own line, for others may quote examples."""
+    """Log where a task failed, and the error's text if it is a JobError; other texts may quote examples."""
     text = str(error) if isinstance(error, JobError) else "its text is in the log at level DEBUG"
     where = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
     logger.error("a task of run %d failed: %s: %s\n%s", run_id, type(error).__name__, text, where)
@@ -251,10 +254,10 @@ def _log_failure(run_id: int, error: Exception) -> None:
 
 
 def bundle_hashes(fab: bytes) -> dict[str, str]:
-    """The hashes of the server's installed code, which a bundle carries; read in memory.
+    """The hashes of the server's installed code, by file name, read from a run's bundle in memory.
 
     Raises:
-        CodeDiffers: there are none.
+        CodeDiffers: the bundle has no readable hashes, or too many.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(fab)) as archive:
@@ -269,10 +272,10 @@ def bundle_hashes(fab: bytes) -> dict[str, str]:
 
 
 class _Client(RuntimeHttpClient):
-    """Runtime calls that wait for a message on its way: a task is there before its message is.
+    """Flower's runtime client, whose calls wait for a message that arrives later than its task.
 
-    When a run is stopped at that moment, Flower 1.41 drops the message and leaves the task; the only
-    sign is that the SuperNode goes on to a next task.
+    If the run is stopped in between, Flower 1.41 drops the message but leaves the task; this is noticed only
+    by the SuperNode having a next task.
     """
 
     has_next_task: Callable[[], bool] = staticmethod(lambda: False)
@@ -317,7 +320,7 @@ def _connection(address: str, proof: ProtobufClientInterceptor) -> Iterator[_Cli
 
 @contextmanager
 def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
-    """Within, the SuperNode hears that the task is being worked on."""
+    """Within, heartbeats tell the SuperNode that the task is being worked on."""
 
     def beat() -> bool:
         try:
@@ -334,7 +337,7 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 class _PacedTime:
-    """Stands in for `time` in the SuperNode's loop, whose pauses of 3 s and 0.5 s are literals."""
+    """Replaces the module `time` in the SuperNode's loop, whose pauses of 3 s and 0.5 s are hard-coded."""
 
     def __init__(self) -> None:
         self._pace = PollInterval()
@@ -348,11 +351,11 @@ class _PacedTime:
 
 
 def supernode() -> None:
-    """Flower's SuperNode, asking often while a run is going on; the entry of a child process.
+    """Run Flower's SuperNode, polling often while a run goes on; the entry point of a child process.
 
-    Where one of its parts ends, the whole process does, and is started again. Flower 1.41 stays without a
-    connection when one is cut in its TLS handshake, for the thread of its HTTP server goes on; and without
-    heartbeats when the SuperLink answers one with an error, for their thread ends.
+    If one of its threads ends, the whole process exits, and is started again. Flower 1.41 by itself stays
+    disconnected when a connection breaks in its TLS handshake, because the thread of its HTTP server goes on;
+    and it stops sending heartbeats when the SuperLink answers one with an error, because their thread ends.
     """
     vars(start_client_internal)["time"] = _PacedTime()
     vars(heartbeat)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS
@@ -367,7 +370,7 @@ def _end_with_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def _end(why: str) -> None:
-    """End this process, whichever of its threads are alive."""
+    """Exit this process at once, whatever threads are running; `why` goes to standard error."""
     sys.stderr.write(f"{why}\n")
     sys.stderr.flush()
     os._exit(1)

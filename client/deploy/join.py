@@ -1,4 +1,4 @@
-"""A site: Flower's SuperNode and the resident process that does the work, both supervised."""
+"""A running site: supervises Flower's SuperNode and the resident process that does the work."""
 
 import email.utils
 import http.client
@@ -32,26 +32,29 @@ logger = logging.getLogger(__name__)
 SUPERNODE = "atoll.client.deploy.executor:supernode"
 EXECUTOR = "atoll.client.deploy.executor:answer_tasks"
 PROGRAMS = ("atoll.client.deploy.executor", "atoll.client.app")
-"""What the fork server imports for both."""
+"""The modules that the fork server imports for both processes."""
 WATCH_SECONDS = 0.2
 LAST_STEP_SECONDS = 30.0
-"""How long the executor may be at one step of training before it hears that it is to stop."""
+"""How long the executor may take to finish its present training step when it is to stop."""
 CONNECTED = "SuperNode ID: "
-"""What the SuperNode writes once the server has let it in."""
+"""What the SuperNode logs once the server has accepted it."""
 RECEIVED = "Receiving: "
 FORWARDED = ("Sent successfully", "Ignoring reply message", "Failed to send message")
-"""What the SuperNode writes of a message that it has received, and of the reply to it, one at a time."""
+"""What the SuperNode logs about a message that it has received, and about the reply, one at a time."""
 FORWARD_SECONDS = 10.0
-"""How long the SuperNode may take to send the last reply on to the server."""
+"""How long the SuperNode may take to forward the last reply to the server."""
 CONNECT_SECONDS = 10.0
 SHORTEST_PAUSE = 1.0
 LONGEST_PAUSE = 10.0
 REFUSED_SECONDS = 240.0
-"""A vanished connection of the same site is forgotten by the server after a minute; then it's the key."""
+"""After this time of refusals the site gives up: the server doesn't know its key.
+
+Until a minute after it broke, the site's previous connection may be the reason instead.
+"""
 UNTIMELY = (9, 10)
-"""OpenSSL's codes of a certificate that isn't valid yet, or no longer: its server may get another one."""
+"""OpenSSL's codes for a certificate that isn't valid yet or has expired: the server may get a new one."""
 CLOCK_SECONDS = 120.0
-"""Flower refuses signatures that are 300 s old or more."""
+"""The largest accepted difference of the two clocks; Flower refuses signatures that are 300 s old."""
 
 
 def join(
@@ -64,16 +67,17 @@ def join(
 ) -> None:
     """Take part in the kit's federation until SIGTERM, SIGINT or `stop`.
 
-    One path is the site's own shard; of several, each is a client named as its folder. `executor` is the
-    entry (`module:function`) of the process that answers the server's tasks, and more words for its sys.argv.
+    A single path in `data` is the site's own shard; of several paths, each is the shard of a client named as
+    its folder. `tell` gets every line for the operator. `executor` is the entry point (`module:function`) of
+    the process that answers the server's tasks, followed by further arguments in its sys.argv.
 
-    A server that isn't up, or is restarted, is waited for.
+    If the server isn't running or is restarted, the site waits for it.
 
     Raises:
-        ConfigError: the kit, its roster or its policy is not as it must be.
-        DataError: there is no data at one of the paths.
-        JobError: waiting can't help: the server's certificate is another authority's, or it refuses this
-            site's key for minutes.
+        ConfigError: the kit, its roster or its policy is invalid.
+        DataError: one of the paths doesn't exist.
+        JobError: waiting can't help: the server's certificate is not from this kit's authority, or the server
+            has refused this site's key for minutes.
     """
     loaded = SiteKit.load(kit)
     for remark in check_site(loaded):
@@ -96,7 +100,7 @@ def join(
 
 @dataclass
 class _Site:
-    """The SuperNode of a site and the executor that answers for it, both processes of their own."""
+    """A site's two processes: the SuperNode, and the executor that answers its tasks."""
 
     kit: SiteKit
     data: list[Path]
@@ -107,7 +111,7 @@ class _Site:
     pause: float = SHORTEST_PAUSE
     refused_since: float | None = None
     last_obstacle: str = ""
-    """What was in the way when that was told last."""
+    """The obstacle that was reported last; empty once the site is connected."""
 
     def __post_init__(self) -> None:
         address = f"127.0.0.1:{free_port()}"
@@ -144,7 +148,7 @@ class _Site:
         ]
 
     def stay(self) -> None:
-        """See to it that both processes run, until we are to stop."""
+        """Keep both processes running until `stop` is set."""
         while not self.stop.is_set():
             if self.supernode.running and self.executor.running:
                 self._tell_connected()
@@ -158,7 +162,7 @@ class _Site:
             self.tell(f"{self.kit.name} is connected to the server at {self.kit.address}")
 
     def _connect(self) -> None:
-        """Start the SuperNode once the server answers; say what is in the way if it doesn't."""
+        """Start both processes once the server answers; report the obstacle while it doesn't."""
         if self.supernode.pid is not None:
             self._explain_end()
             self.close()
@@ -173,7 +177,7 @@ class _Site:
             self._wait()
 
     def _tell_change(self, obstacle: str) -> None:
-        """Tell what is in the way, unless it was told last."""
+        """Report an obstacle, unless it is the one that was reported last."""
         if obstacle != self.last_obstacle:
             self.tell(obstacle)
         self.last_obstacle = obstacle
@@ -183,7 +187,11 @@ class _Site:
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def _obstacle(self) -> str | None:
-        """Why the server can't be reached just now, or None; raises where waiting can't help."""
+        """Why the server can't be reached at the moment; None if it can.
+
+        Raises:
+            JobError: waiting can't help.
+        """
         try:
             skew = server_clock_skew(self.kit)
         except ssl.SSLCertVerificationError as error:
@@ -202,7 +210,11 @@ class _Site:
         return None
 
     def _explain_end(self) -> None:
-        """Say which process ended, and why if it said so; raises where waiting can't help."""
+        """Report which process ended, and why if that is known.
+
+        Raises:
+            JobError: waiting can't help.
+        """
         if not self.executor.running:
             how = self.executor.exit_code
             self.connected = False
@@ -227,7 +239,7 @@ class _Site:
         )
 
     def close(self) -> None:
-        """Stop the executor first: what it says last goes through the SuperNode."""
+        """Stop both processes, the executor first, because the SuperNode must forward its last reply."""
         answers = self.executor.running
         self.executor.stop(grace=LAST_STEP_SECONDS)
         deadline = time.monotonic() + FORWARD_SECONDS
@@ -240,7 +252,7 @@ class _Site:
 
 
 def has_reply_to_forward(lines: Sequence[str]) -> bool:
-    """Whether a SuperNode that wrote these lines has received a message whose reply isn't sent on yet."""
+    """Whether a SuperNode with these log lines has received a message whose reply isn't forwarded yet."""
     for line in reversed(lines):
         if any(text in line for text in FORWARDED):
             return False
@@ -250,7 +262,7 @@ def has_reply_to_forward(lines: Sequence[str]) -> bool:
 
 
 def _ending(code: int | None) -> str:
-    """How a process ended, in words.
+    """A description of how a process ended, from its exit code.
 
     >>> _ending(-9), _ending(1)
     ('killed by signal 9; out of memory?', 'exit status 1')
@@ -261,7 +273,12 @@ def _ending(code: int | None) -> str:
 
 
 def server_clock_skew(kit: SiteKit) -> float:
-    """Seconds by which this clock is ahead of the server's, asked over TLS under the kit's authority."""
+    """Seconds by which this machine's clock is ahead of the server's, which is asked over TLS.
+
+    Raises:
+        ssl.SSLCertVerificationError: the server's certificate isn't valid under the kit's authority.
+        OSError, http.client.HTTPException: the server doesn't answer.
+    """
     context = ssl.create_default_context(cafile=str(kit.authority))
     connection = http.client.HTTPSConnection(
         kit.address.host, kit.address.port, timeout=CONNECT_SECONDS, context=context

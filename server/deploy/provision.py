@@ -157,7 +157,7 @@ def _write_server(folder: Path, sites: Sites, authority: Authority, keys: Mappin
 def _change_server(
     kit: ServerKit, sites: Sites, authority: Authority, keys: Mapping[str, bytes], changes: Changes
 ) -> None:
-    """Update the server's kit: keys first, then the table that names them; then delete removed sites' keys."""
+    """Update the server's kit: keys, then the table that names them; then delete removed sites' keys."""
     if changes.has_new_certificate:
         key = ec.generate_private_key(ec.SECP384R1())
         certificate = server_certificate(authority, key, sites.server.host).public_bytes(Encoding.PEM)

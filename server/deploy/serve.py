@@ -86,7 +86,7 @@ def serve(
 
 @contextmanager
 def _runtime_file(kit: ServerKit, control: str, health: str) -> Iterator[None]:
-    """Within, a file in the kit holds the addresses of the Control API (for `submit`) and of health probes."""
+    """Within, a file in the kit holds the addresses of the Control API and of health probes."""
     path = runtime_path(kit)
     path.write_text(json.dumps({"control": control, "health": health}), encoding="utf-8")
     try:
