@@ -156,7 +156,7 @@ class FlowerTransport:
                 self.greeted[node] = hellos
 
     def _by_client(self) -> list[Hello]:
-        """All clients' greetings, by name; each must be from its site in the roster, or the site of its name."""
+        """All clients' greetings, by name; each must come from its site in the roster, or of its name."""
         registered = {node.name: node.node_id for node in self.grid.get_nodes() if node.name}
         homes = {} if self.roster is None else self.roster.sites
         by_client: dict[str, Hello] = {}

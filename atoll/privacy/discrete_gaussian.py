@@ -1,32 +1,33 @@
-"""Whole numbers from a discrete Gaussian, sampled exactly and without floating point.
+"""Exact samples of integers from a discrete Gaussian distribution, without floating point.
 
-The discrete Gaussian of a variance gives each whole number x a probability proportional to
+The discrete Gaussian of a variance gives each integer x a probability proportional to
 f(x) = exp(-x^2 / (2 variance)) (Canonne, Kamath and Steinke 2020, "The Discrete Gaussian for
 Differential Privacy", arXiv 2004.00010, definition 1). They sample it by rejection from a discrete
-Laplace distribution; here the proposal is a table, so that nearly every number costs one random word.
+Laplace distribution; here proposals come from a table, so that nearly every number needs only one random
+word of 64 bits.
 
-Why it is exact. Write x = y for a sign bit of 0 and x = -1 - y for 1, with y >= 0: every whole number
-has one sign and one y. The y below a bound T = cells * width are cut into cells of one width, a power
-of two, and 2^16 slots are dealt to them: cell c gets slots[c] of them. A slot, a sign and an offset in
-the cell are bits of a word, thus x is proposed with probability slots[c] / (2^17 width) exactly, and
-is accepted with probability scale * f(x) / slots[c]. The product is proportional to f(x) whatever the
-slots are, and the probability is 1 at most since slots[c] >= scale * f(c width), which is the largest f
-of a cell. Beyond T lie blocks of one width, a power of two: block j is proposed with probability
-2^-(j + 1), and f falls by more than half from one to the next, so that what bounds f in the first block
-bounds it in all. Whoever is rejected tries again with fresh words.
+Why it is exact. Write x = y for a sign bit of 0 and x = -1 - y for 1, with y >= 0: every integer has one
+sign and one y. The y below a bound T = cells * width are divided into cells of equal width, a power of two.
+There are 2^16 slots, and slots[c] of them belong to cell c. The bits of a word give a slot, a sign and an
+offset in the slot's cell, so x is proposed with probability slots[c] / (2^17 width) exactly. It is accepted
+with probability scale * f(x) / slots[c], so the product is proportional to f(x) whatever the slots are. The
+acceptance probability is at most 1 because slots[c] >= scale * f(c width), and f(c width) is the largest f in
+the cell. The y from T on are divided into blocks of equal width, a power of two: block j is proposed with
+probability 2^-(j + 1), and f falls by more than half from one block to the next, so a bound on f in the first
+block yields bounds in all of them. After a rejection the next proposal uses new words.
 
-Accepting with probability p means that a uniform number U in [0, 1), of which ever more bits are
-drawn, is below p; p is known by bounds from below and above, in whole numbers. Where the bits drawn
-and the bounds do not tell, both are refined: this is no approximation, for no answer is given before
-it is certain (Karney 2016, "Sampling exactly from the normal distribution", arXiv 1303.6257, draws
-its bits likewise). Three stages give the same answer at rising cost:
+A number is accepted with probability p by drawing a uniform number U in [0, 1), bit by bit, and testing
+whether U < p; p is known by integer bounds from below and above. If the bits drawn so far and the bounds
+don't decide, both are refined. This is no approximation, because no answer is given before it is certain
+(Karney 2016, "Sampling exactly from the normal distribution", arXiv 1303.6257, draws bits in the same way).
+Three stages give the same answer at increasing cost:
 
-1. U's first bits, left over in the word, lie below the smallest p of the cell: they do in 98 of 100 cases;
-2. U's first 30 bits against 1 - e + e^2/2 - e^3/6 <= exp(-e) <= 1 - e + e^2/2, where e is how
-   much more x^2 / (2 variance) is than at the cell's start: all but about one in a million of the rest;
-3. all bits drawn, and more, against bounds of any precision, in Python's integers.
+1. U's first bits, which are left over in the word, are below the smallest p of the cell: in 98 of 100 cases;
+2. U's first 30 bits against 1 - e + e^2/2 - e^3/6 <= exp(-e) <= 1 - e + e^2/2, where e is the increase of
+   x^2 / (2 variance) since the cell's start: all but about one in a million of the rest;
+3. all bits drawn, and more, against bounds of arbitrary precision, in Python's integers.
 
-How long it takes depends on what is drawn, as with every rejection.
+The running time depends on the numbers drawn, as with every rejection sampler.
 """
 
 from __future__ import annotations
@@ -45,25 +46,25 @@ if TYPE_CHECKING:
     from atoll.privacy.noise import RandomBits
 
 SLOT_BITS = 16
-"""Of a word, its uppermost: which slot. Next come the sign's bit, the offset and U's first bits."""
+"""The word's highest bits, which give the slot; then come the sign bit, the offset and U's first bits."""
 CELL_BITS = 6
-"""A deviation is two to this power cells, and less than twice as many; or fewer, each of one number."""
+"""One standard deviation has 2^6 to 2^7 cells; fewer, of one number each, if the deviation is smaller."""
 LARGEST_VARIANCE = 2**92
-"""Below it, offsets leave at least 8 of a word's bits for U."""
+"""For variances below this, a word has at least 8 bits left for U."""
 BATCH = 1 << 16
-"""Words handled at once: what is computed of them stays in the processor's cache, or nearly."""
+"""The number of words handled at once, so that intermediate arrays fit the processor's cache, or nearly."""
 WORD = 64
 TABLE = 96
-"""Bits after the point of the bounds that the table is made of."""
+"""Fractional bits of the bounds on f from which the table is made."""
 MIDDLE = 30
-"""Bits after the point in the second stage: products of two such numbers fit a word."""
+"""Fractional bits in the second stage: products of two such numbers fit into 64 bits."""
 ONE = 1 << MIDDLE
 WORTHWHILE = 4
-"""Fewer numbers than this go to the third stage at once: the second has more to set up than it saves."""
+"""Fewer numbers than this skip the second stage, which would take longer to set up than it saves."""
 PART = 16
-"""Bits to which the second stage knows an offset, as a part of the cell's width."""
+"""Bits of an offset, as a fraction of the cell's width, that the second stage uses."""
 RATE = 31
-"""Bits after the point of width^2 / (2 variance) in the second stage."""
+"""Fractional bits of width^2 / (2 variance) in the second stage."""
 
 Words = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
@@ -72,7 +73,7 @@ Flags = NDArray[np.bool_]
 
 
 def exponential(exponent: Fraction, bits: int) -> tuple[int, int]:
-    """Whole numbers below and above 2^bits * exp(-exponent), a few apart at most.
+    """(lower, upper) integer bounds on 2^bits * exp(-exponent), which differ by a few at most.
 
     The exponent is halved until it is below 2^-5; the series of exp(+r), whose terms are positive, is
     rounded down for one bound and up for the other; the results are inverted and squared back.
@@ -105,29 +106,29 @@ def exponential(exponent: Fraction, bits: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What is proposed for a variance, how often, and the bounds for accepting it."""
+    """The table for one variance: which numbers are proposed how often, and bounds on accepting them."""
 
     variance: Fraction
     width_bits: int
     """log2 of a cell's width."""
     slots: tuple[int, ...]
-    """Of each cell, and at the end of what lies beyond the last."""
+    """The number of slots of each cell, and last that of the blocks from T on."""
     scale: int
-    """f(x) times this is at most the slots of x's cell."""
+    """scale * f(x) is at most the number of slots of x's cell."""
     block_bits: int
-    """log2 of the width of the blocks beyond the last cell."""
+    """log2 of the width of the blocks from T on."""
     cell_of: NDArray[np.uint16]
-    """[2^SLOT_BITS]"""
+    """The cell of each slot, [2^SLOT_BITS]."""
     surely: Words
-    """Of each cell: U's first bits, read as a number below this, are below any p of the cell; 0 beyond."""
+    """By cell: if U's first bits, as an integer, are below this, U is below all p of the cell; 0 for blocks."""
     at_start: tuple[Words, Words]
-    """Of each cell: bounds of p at the cell's start, times 2^MIDDLE."""
+    """By cell: lower and upper bounds on p at the cell's start, times 2^MIDDLE."""
     rate: tuple[int, int] | None
-    """Bounds of width^2 / (2 variance), times 2^RATE; none if it is too large for the second stage."""
+    """Bounds on width^2 / (2 variance), times 2^RATE; None if it is too large for the second stage."""
 
     @property
     def bits(self) -> int:
-        """How many of U's bits come with a word."""
+        """How many of U's bits each word contains."""
         return WORD - SLOT_BITS - 1 - self.width_bits
 
     @property
@@ -138,7 +139,7 @@ class Proposal:
 
 @lru_cache(maxsize=64)
 def proposal_for(variance: Fraction) -> Proposal:
-    """The table for a variance; it takes milliseconds, and is kept.
+    """The table for a variance, cached; making one takes milliseconds.
 
     Raises:
         ValueError: the variance is not above 0 and below `LARGEST_VARIANCE`.
@@ -155,7 +156,7 @@ def proposal_for(variance: Fraction) -> Proposal:
     while 10 * (beyond << block_bits) < 7 * variance:
         block_bits += 1
     tops = [high for _, high in bounds[:-1]]
-    # The first block has half of what is beyond.
+    # The first block has half of the proposals from T on.
     tops.append(-(-(bounds[-1][1] << block_bits + 1) >> width_bits))
     scale, slots = _dealt(tops)
     return Proposal(
@@ -175,7 +176,7 @@ def proposal_for(variance: Fraction) -> Proposal:
 
 
 def _dealt(tops: list[int]) -> tuple[int, list[int]]:
-    """The largest scale whose slots suffice, and each cell's slots; the first cell gets those left over."""
+    """(the largest scale for which the slots suffice, the cells' slots); the first cell gets the rest."""
     scale = (1 << SLOT_BITS + TABLE) // sum(tops)
     while sum(slots := [-(-scale * top >> TABLE) for top in tops]) > 1 << SLOT_BITS:
         scale -= 1
@@ -184,17 +185,17 @@ def _dealt(tops: list[int]) -> tuple[int, list[int]]:
 
 
 def _ratio(bound: int, slots: int, bits: int) -> tuple[int, int]:
-    """A bound of TABLE bits over slots, with so many bits after the point: rounded down and up."""
+    """2^bits * bound / slots, rounded down and up; `bound` has TABLE fractional bits."""
     return (bound << bits) // (slots << TABLE), -((-bound << bits) // (slots << TABLE))
 
 
 def _column(numbers: list[int]) -> Words:
-    """With a 0 for what lies beyond."""
+    """The numbers as an array, followed by a 0 for the blocks from T on."""
     return np.array([*numbers, 0], dtype=np.uint64)
 
 
 def _rate(rate: Fraction, cells: int) -> tuple[int, int] | None:
-    """Bounds, if e stays below one in every cell."""
+    """Bounds on the rate, times 2^RATE; None unless e stays below 1 in every cell."""
     if rate * (2 * cells + 1) > Fraction(63, 64):
         return None
     down = (rate.numerator << RATE) // rate.denominator
@@ -202,13 +203,16 @@ def _rate(rate: Fraction, cells: int) -> tuple[int, int] | None:
 
 
 def propose(table: Proposal, words: Words, into: Numbers) -> Places:
-    """Write the number that each word proposes, and say where the first stage doesn't accept it."""
+    """Write the number that each word proposes into `into`; returns where the first stage doesn't accept it.
+
+    `words` and `into` are [count]; the result holds indices into them.
+    """
     bits = np.uint64(table.bits)
     cells = np.take(table.cell_of, (words >> np.uint64(WORD - SLOT_BITS)).view(np.int64))
     numbers = words >> bits
     numbers &= np.uint64((1 << table.width_bits) - 1)
     numbers |= cells.astype(np.uint64) << np.uint64(table.width_bits)
-    # All bits set for a sign bit of 1: -1 - y is y with its bits turned.
+    # All bits set for a sign bit of 1: -1 - y is y with its bits inverted.
     signs = (words << np.uint64(SLOT_BITS)).view(np.int64) >> np.int64(WORD - 1)
     np.bitwise_xor(numbers.view(np.int64), signs, out=into)
     first = words & np.uint64((1 << table.bits) - 1)
@@ -216,9 +220,9 @@ def propose(table: Proposal, words: Words, into: Numbers) -> Places:
 
 
 def judge(table: Proposal, numbers: Numbers, words: Words, further: Words) -> tuple[Flags, Flags]:
-    """The second stage: which numbers are accepted, and for which that remains open.
+    """The second stage: (which numbers are accepted, which are neither accepted nor rejected yet).
 
-    `words` proposed the numbers; `further` has the bits of U that follow theirs.
+    All arrays are [count]. `words` proposed the numbers; `further` has the bits of U that follow theirs.
     """
     if table.rate is None or len(numbers) < WORTHWHILE:
         return np.zeros(len(numbers), dtype=np.bool_), np.ones(len(numbers), dtype=np.bool_)
@@ -238,12 +242,12 @@ def judge(table: Proposal, numbers: Numbers, words: Words, further: Words) -> tu
 
 
 def _shifted(numbers: Words, by: int) -> Words:
-    """To the left, or to the right if negative."""
+    """The numbers shifted left by `by` bits, or right if `by` is negative."""
     return numbers << np.uint64(by) if by >= 0 else numbers >> np.uint64(-by)
 
 
 def _more(rate: tuple[int, int], cells: Words, part: Words) -> tuple[Words, Words]:
-    """Bounds of e = rate * t * (2 cell + t), times 2^MIDDLE, for a part t of the width with PART bits."""
+    """Bounds on e = rate * t * (2 cell + t), times 2^MIDDLE; t = offset / width has PART bits."""
     shift = np.uint64(2 * PART + RATE - MIDDLE)
     twice = cells << np.uint64(PART + 1)
     after = part + np.uint64(1)
@@ -252,7 +256,7 @@ def _more(rate: tuple[int, int], cells: Words, part: Words) -> tuple[Words, Word
 
 
 def _shrunk(below: Words, above: Words) -> tuple[Words, Words]:
-    """Bounds of exp(-e), times 2^MIDDLE, from those of an e below 1."""
+    """Bounds on exp(-e), times 2^MIDDLE, from bounds on an e below 1."""
     one = np.uint64(ONE)
     square = above * above
     cube = ((square >> np.uint64(MIDDLE)) + np.uint64(1)) * above // np.uint64(6 << MIDDLE)
@@ -263,9 +267,9 @@ def _shrunk(below: Words, above: Words) -> tuple[Words, Words]:
 def is_below(
     factor: Fraction, exponent: Fraction, bits: int, count: int, following: Callable[[], int]
 ) -> bool:
-    """Whether U < factor * exp(-exponent), for a U that begins with so many bits, read as a whole number.
+    """Whether U < factor * exp(-exponent), for a U whose first `count` bits are the integer `bits`.
 
-    The bits after them are those of the following words, if they are needed.
+    `following()` returns the next word of U's bits, and is called as often as needed.
     """
     while True:
         low, high = exponential(exponent, count + 8)
@@ -279,39 +283,39 @@ def is_below(
 
 @dataclass(frozen=True)
 class DiscreteGaussian:
-    """Independent whole numbers from the discrete Gaussian of mean 0, exactly.
+    """Draws independent integers from the discrete Gaussian of mean 0, exactly.
 
-    The variance is that of the definition, in squared grid steps: the numbers' own is no larger, and the
-    same to a part in 10^70 from a deviation of 3 on. `words` must give fresh words with every call; the
-    same words give the same numbers.
+    `variance` is the parameter of the definition, in squared grid steps; the variance of the numbers is no
+    larger, and equal up to one part in 10^70 for standard deviations of 3 or more. `source` must return new
+    random words with every call; the same words give the same numbers.
 
     Raises:
         ValueError: the variance is not above 0 and below `LARGEST_VARIANCE`.
     """
 
     variance: Fraction
-    words: RandomBits
+    source: RandomBits
 
     def __post_init__(self) -> None:
         proposal_for(self.variance)
 
     def draw(self, count: int) -> Numbers:
-        """So many numbers; in how many calls they are drawn makes no difference to them."""
+        """`count` numbers, int64, [count]; splitting a draw into several calls gives the same numbers."""
         table = proposal_for(self.variance)
         drawn = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            numbers = _tried(table, self.words, min(BATCH, count - done))
+            numbers = _tried(table, self.source, min(BATCH, count - done))
             drawn[done : done + len(numbers)] = numbers
             done += len(numbers)
         return drawn
 
 
 def _tried(table: Proposal, source: RandomBits, count: int) -> Numbers:
-    """The numbers that so many words give, and the words after them if the last need more.
+    """The numbers accepted from `count` words, and from further words if the last number needs more bits.
 
-    Words are read in order: one proposes, and where it doesn't tell whether its number is accepted, those
-    after it do. So no more are taken from the source than numbers one by one would take.
+    Words are read in order: one word proposes a number, and if its bits don't decide whether the number is
+    accepted, the words after it do. So drawing many numbers uses the same words as drawing one at a time.
     """
     words = source(count)
     numbers = np.empty(count, dtype=np.int64)
@@ -327,7 +331,7 @@ def _tried(table: Proposal, source: RandomBits, count: int) -> Numbers:
         places.tolist(), accepted.tolist(), still_open.tolist(), strict=True
     ):
         if place < free:
-            continue  # An earlier number's bits.
+            continue  # This word's bits were used by an earlier number.
         free = place + 2
         if is_open:
             following = Following(words, place + 1, source)
@@ -340,7 +344,7 @@ def _tried(table: Proposal, source: RandomBits, count: int) -> Numbers:
 
 
 class Following:
-    """Words one after the other: those at hand, then fresh ones."""
+    """Returns one word at a time: the words from `place` on, then new ones from the source."""
 
     def __init__(self, words: Words, place: int, source: RandomBits) -> None:
         self.words = words
@@ -354,7 +358,7 @@ class Following:
 
 
 def settle(table: Proposal, word: int, number: int, following: Callable[[], int]) -> tuple[int, bool]:
-    """The third stage: a number that a word proposed, or what lies beyond, and whether it is accepted."""
+    """The third stage: (the number, whether it is accepted); a number from T on is proposed here."""
     cell = int(table.cell_of[word >> WORD - SLOT_BITS])
     bits, count = following(), WORD
     if cell == len(table.slots) - 1:
@@ -369,7 +373,7 @@ def settle(table: Proposal, word: int, number: int, following: Callable[[], int]
 
 
 def beyond(table: Proposal, following: Callable[[], int]) -> tuple[int, Fraction]:
-    """A number proposed from the blocks beyond the last cell, and what f is to be multiplied by there."""
+    """(a number proposed from T on, the factor that makes f its acceptance probability)."""
     block = 0
     while (word := following()) == 0:
         block += WORD

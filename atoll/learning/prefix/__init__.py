@@ -1,1 +1,1 @@
-"""The frozen blocks below the first tuned one: computed once for every sequence of tokens, kept on disk."""
+"""Caching the outputs of the frozen blocks below the first tuned one, for every sequence of tokens."""

@@ -1,8 +1,8 @@
-"""A network cut in two: the frozen blocks before the first tuned one, and the rest, which starts from states.
+"""A network split into a frozen prefix, the blocks before the first tuned one, and the rest after it.
 
-The prefix is computed a sequence at a time and without padding, so the states of a sequence [tokens, width]
-depend on its own tokens alone. Where a batch holds such states as its `input_ids`, the network begins with
-them at the first tuned block.
+The prefix is computed for one sequence at a time, without padding, so a sequence's hidden states [tokens,
+width] depend on its own tokens alone. If a batch has such states as its `input_ids`, the network skips the
+prefix and starts with them at the first tuned block.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from atoll.learning import trainable
 from atoll.protocol.random_streams import global_stream
 
 PROBE = 8
-"""Tokens of the sequence that a network is tried out with."""
+"""The number of tokens in the sequence with which a network is tested."""
 
 
 class _Reached(Exception):
-    """The first tuned block is about to run: what comes after it isn't asked for."""
+    """Raised when the first tuned block is reached, to skip the rest of the network."""
 
 
 class FrozenPrefix:
-    """The cut of one network; from its making on, the network takes states as well as tokens.
+    """Splits one network into prefix and rest; from then on the network accepts states as well as tokens.
 
     Raises:
-        ConfigError: the first block is tuned, or the rest takes more of the prefix than its last states, or
-            dropout works in the prefix.
+        ConfigError: the first block is tuned or none is, or the rest uses more of the prefix than its last
+            block's states, or dropout is active in the prefix.
     """
 
     def __init__(self, model: Model) -> None:
@@ -60,12 +60,12 @@ class FrozenPrefix:
 
     @property
     def place(self) -> list[str]:
-        """Where the cut is: the kind of network, the frozen blocks' names, the first tuned block's."""
+        """Identifies the split: the network's class, and the names of its frozen and first tuned blocks."""
         names = {id(module): name for name, module in self.network.named_modules()}
         return [type(self.network).__qualname__, *(names[id(block)] for block in [*self.frozen, self.first])]
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the first tuned block sees of one sequence of tokens [tokens]: float32, [tokens, width].
+        """The input of the first tuned block for one sequence of tokens [tokens]: float32, [tokens, width].
 
         The network must be in evaluation mode, as it is within `states_of_each`.
         """
@@ -83,14 +83,16 @@ class FrozenPrefix:
     def states_of_each(
         self, sequences: Sequence[torch.Tensor], *, threads: int, done: Callable[[int], None]
     ) -> list[torch.Tensor]:
-        """The states of each sequence, by as many workers as the machine has cores; `done` is told how many.
+        """The states of each sequence, float32, [tokens, width], computed by one worker per core.
+
+        `done` is called with the number of sequences computed so far.
 
         Raises:
             DataError: a state isn't finite.
         """
         computed: list[torch.Tensor] = []
         workers = workers_on(_device(self.network).type, threads)
-        # Per-example gradients may have left another way to compute attention, of other bits.
+        # Per-example gradients may have set another attention kernel, whose results differ slightly.
         with _modes_kept(self.network), attention(self.network, self._attention):
             self.network.eval()
             for states in side_by_side(self.states, sequences, workers=workers, threads=threads):
@@ -101,7 +103,7 @@ class FrozenPrefix:
         return computed
 
     def _blocks_in_order(self, head: nn.Module) -> list[nn.Module]:
-        """The network's blocks, and its head where that is inside, in the order in which they run."""
+        """The network's blocks, and its head if the network contains it, in the order in which they run."""
         is_inside = any(module is head for module in self.network.modules())
         candidates = (
             [*trainable.blocks(self.network, head), head] if is_inside else trainable.blocks(self.network)
@@ -126,7 +128,7 @@ class FrozenPrefix:
         return torch.zeros((1, PROBE), dtype=torch.int64, device=_device(self.network))
 
     def _check(self, model: Model) -> None:
-        """Raises ConfigError where states don't say all, or training draws at random below the cut."""
+        """Raises ConfigError if dropout is active in the prefix, or the rest needs more than its states."""
         with _modes_kept(model):
             trainable.training_mode(model)
             with global_stream(0, "dropout"):
@@ -138,24 +140,24 @@ class FrozenPrefix:
                     "train.cached_states: dropout works below the first tuned block of this network; expected"
                     " train.dropout = 0, or no such key"
                 )
-            is_same = self._says_the_same(states[None].to(self._probe.device))
+            is_same = self._has_same_output(states[None].to(self._probe.device))
         if not is_same:
             raise ConfigError(
                 "train.cached_states: the tuned blocks of this network take more than the states of the block"
                 " below them; remove the key"
             )
 
-    def _says_the_same(self, states: torch.Tensor) -> bool:
-        """Whether the network says of states what it says of the tokens that they were made of."""
+    def _has_same_output(self, states: torch.Tensor) -> bool:
+        """Whether the network has the same output for states as for the tokens they were computed from."""
         with torch.inference_mode():
             whole = self._run(self._probe)[0]
             try:
                 return torch.equal(whole, self._run(states)[0])
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-                return False  # It takes something else from the frozen blocks, which isn't there.
+                return False  # It needs something else from the frozen blocks, which weren't run.
 
     def _run(self, tokens_or_states: torch.Tensor) -> Any:
-        """The network on whole sequences of tokens [n, tokens], or of states [n, tokens, width]."""
+        """The network's output for unpadded sequences of tokens [n, tokens] or states [n, tokens, width]."""
         mask = torch.ones(tokens_or_states.shape[:2], dtype=torch.int64, device=tokens_or_states.device)
         takes_cache = "use_cache" in inspect.signature(self.network.forward).parameters
         return self.network(
@@ -163,7 +165,7 @@ class FrozenPrefix:
         )
 
     def _begin(self, network: nn.Module, args: Any, named: dict[str, Any]) -> Any:
-        """Where states are given, let the frozen blocks pass, and the rest begin with them."""
+        """If the input is states, replace the frozen blocks by functions that return these states."""
         states = named.get("input_ids")
         if states is None or not states.is_floating_point():
             return None
@@ -187,20 +189,20 @@ class FrozenPrefix:
         self._replaced.clear()
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Before the first tuned block: note the states, or put those that are given in their place."""
+        """Before the first tuned block: capture its input, or replace it by the states to start with."""
         if getattr(self._local, "captures", False):
             self._local.captured = args[0] if args else named["hidden_states"]
             raise _Reached
         states = getattr(self._local, "states", None)
         if states is None:
             return None
-        self._local.states = None  # A network may call a block again, with what came of it.
+        self._local.states = None  # A network may call this block again, with later states.
         return ((states, *args[1:]), named) if args else (args, named | {"hidden_states": states})
 
 
 @contextmanager
 def _modes_kept(network: nn.Module) -> Iterator[None]:
-    """Afterwards, every layer is in training or evaluation mode as it was."""
+    """On exit, every layer is set back to the mode, training or evaluation, that it had."""
     modes = {module: module.training for module in network.modules()}
     try:
         yield

@@ -1,4 +1,4 @@
-"""States below the first tuned block: computed where they are missing, then used instead of tokens."""
+"""Replaces the tokens in batches by the frozen prefix's states, which are computed once and cached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atoll.learning.prefix.state_cache import StateCache, sequences_of
 
 @dataclass(frozen=True)
 class KeptStates:
-    """The frozen prefix of one network, and the cache of what came out of it."""
+    """The frozen prefix of one network, and the cache of its outputs."""
 
     prefix: FrozenPrefix
     cache: StateCache
@@ -32,10 +32,10 @@ class KeptStates:
         threads: int,
         progress: Progress,
     ) -> KeptStates:
-        """Cut a model that is ready to train; `cache_at` gives the cache that belongs to where it is cut.
+        """Split a model that is ready to train; `cache_at` maps `FrozenPrefix.place` to the cache to use.
 
         Raises:
-            ConfigError: it reads no tokens, or can't be cut.
+            ConfigError: the network doesn't read tokens, or can't be split.
         """
         if not model.backbone.reads_tokens:
             raise ConfigError(
@@ -46,7 +46,7 @@ class KeptStates:
         return cls(prefix, cache_at(prefix.place), threads, progress)
 
     def keep(self, sequences: Sequence[torch.Tensor]) -> None:
-        """Compute the states of those of the sequences [tokens] that have none."""
+        """Compute and cache the states of those sequences [tokens] that aren't cached yet."""
         missing = self.cache.missing(sequences)
         done = 0
 
@@ -61,7 +61,7 @@ class KeptStates:
         self.cache.keep(missing, compute)
 
     def in_place_of_tokens(self, batch: Batch) -> Batch:
-        """The batch with states [..., tokens, width] as its `input_ids`; one without any token as it is."""
+        """The batch with states [..., tokens, width] as its `input_ids`; unchanged if it has no token."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         flat_ids, flat_mask = ids.flatten(0, -2), mask.flatten(0, -2)
         if not flat_mask.any():
@@ -71,7 +71,7 @@ class KeptStates:
         return batch | {"input_ids": states.view(*ids.shape, -1)}
 
     def in_place_of_tokens_of(self, batches: Iterable[FixedBatch]) -> Iterator[FixedBatch]:
-        """The batches with states, once they are prepared."""
+        """The same batches, whose preparation then ends with `in_place_of_tokens`."""
         for rows, prepare in batches:
             yield rows, partial(self._prepared, prepare)
 

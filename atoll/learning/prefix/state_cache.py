@@ -1,6 +1,6 @@
-"""States of token sequences on disk, in pieces of a few tokens, under the hash of the whole sequence.
+"""A cache on disk for the states of token sequences, in pieces of a few tokens, by the sequence's hash.
 
-Whoever holds the same tokens shares what is kept, whatever task, split or batch they come in.
+Equal sequences of tokens share an entry, whatever task, split or batch they are in.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from atoll.learning.feature_cache import FeatureCache
 
 PIECE = 8
-"""Tokens that are kept together: the last piece of a sequence is filled up with zeros."""
+"""Tokens per piece; the last piece of a sequence is filled up with zeros."""
 
 TOKENS_AT_ONCE = 1 << 14
-"""Tokens after which states are put on the disk: no more than these are lost in a kill."""
+"""The number of tokens after which states are written to disk: a kill loses at most these."""
 
 Compute = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-"""Sequences [tokens] to the states of each, float32, [tokens, width]."""
+"""A function from sequences [tokens] to each one's states, float32, [tokens, width]."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class StateCache:
     dtype: torch.dtype = torch.float32
 
     def keep(self, sequences: Sequence[torch.Tensor], compute: Compute) -> None:
-        """Compute the states of those of the sequences [tokens] that have none, each once."""
+        """Compute and store the states of those sequences [tokens] that aren't stored yet, each once."""
         for part in _parts(self.missing(sequences)):
             pieces = torch.cat([self._pieces(states) for states in compute(part)])
             keys = [key for sequence in part for key in piece_keys(sequence)]
-            # Two numbers of 16 bits are kept as one of 32.
+            # Two bfloat16 numbers are stored as one float32.
             self.cache.put(keys, pieces.view(torch.float32))
 
     def missing(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Those of the sequences whose states are not all kept, in the order given, each once."""
+        """The sequences whose states aren't all stored, in the order given, without duplicates."""
         keys = [piece_keys(sequence) for sequence in sequences]
         distinct = {
             piece_keys_of[0]: place
@@ -52,10 +52,12 @@ class StateCache:
         return [sequences[place] for place in places if absent.intersection(keys[place])]
 
     def take(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """States of a table of sequences [n, tokens], zeros behind their ends: float32, [n, tokens, width].
+        """The states of sequences [n, tokens], zeros at padding: float32, [n, tokens, width].
+
+        `mask` [n, tokens] is 1 at tokens and 0 at padding.
 
         Raises:
-            KeyError: those of a sequence aren't kept.
+            KeyError: the states of a sequence aren't stored.
         """
         count, length = ids.shape
         rows = -(-length // PIECE)
@@ -67,14 +69,14 @@ class StateCache:
         return table.view(count, rows * PIECE, -1)[:, :length].contiguous()
 
     def _pieces(self, states: torch.Tensor) -> torch.Tensor:
-        """States [tokens, width] as they are kept, [pieces, PIECE * width]."""
+        """States [tokens, width] as pieces in the cache's dtype, [pieces, PIECE * width]."""
         filled = states.new_zeros((-(-len(states) // PIECE) * PIECE, states.shape[1]), dtype=self.dtype)
         filled[: len(states)] = states
         return filled.view(-1, PIECE * states.shape[1])
 
 
 def piece_keys(sequence: torch.Tensor) -> list[bytes]:
-    """The key of each piece of a sequence of tokens: a hash of the whole sequence and the piece's number."""
+    """The key of each piece of a sequence: a SHA-256 of the whole sequence and the piece's number."""
     whole = hashlib.sha256(sequence.to(torch.int64).contiguous().cpu().numpy().tobytes())
     keys = []
     for number in range(-(-len(sequence) // PIECE)):
@@ -85,7 +87,7 @@ def piece_keys(sequence: torch.Tensor) -> list[bytes]:
 
 
 def sequences_of(ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of a table of tokens [n, tokens] without their padding."""
+    """The rows of tokens [n, tokens] without their padding, by a mask that is 1 at tokens."""
     return [row[is_real.bool()] for row, is_real in zip(ids, mask, strict=True)]
 
 

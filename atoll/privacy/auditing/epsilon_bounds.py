@@ -1,17 +1,17 @@
-"""How much privacy a run has lost at least, by what an attacker guessed right about its canaries.
+"""Lower bounds on a run's epsilon from an attacker's guesses about which canaries were in the run.
 
-Every canary was in the run or not, by a fair coin of its own. The attacker guesses some of the
-coins from what it sees, the surest first. If more guesses are right than (epsilon, delta)-DP
-allows, but for a small probability, then epsilon is larger.
+Each canary was included in the run with probability 1/2, independently of the others. The attacker guesses
+for some canaries whether they were included, starting with those it is surest about. If more guesses are
+right than (epsilon, delta)-DP allows except with a small probability, then this epsilon is refuted.
 
 - `lower_bound`: Steinke, Nasr, Jagielski 2023, "Privacy Auditing with One (1) Training Run",
   the main theorem; holds for any mechanism.
 - `lower_bound_in_family`: Mahloujifar, Melis, Chaudhuri 2024, "Auditing f-Differential Privacy in
-  One Run", the recursion for a bounded number of guesses; tighter, for it knows the mechanism's whole
-  trade-off curve.
+  One Run", the recursion for a bounded number of guesses; tighter, because it uses the mechanism's
+  whole trade-off curve.
 
-Both are for neighbours that differ by adding or removing one unit. A bound proves only that a claim
-is false: an attack that finds nothing may be a weak attack.
+Both are for neighbours that differ by adding or removing one unit. A bound can only refute a claim:
+an attack that refutes nothing may simply be weak.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Vector = NDArray[np.float64]
 Membership = NDArray[np.bool_]
 
 SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0)
-"""Parts of the canaries that are guessed. The best is taken, and each pays its part of the doubt."""
+"""Fractions of the canaries to guess. The best one is used, with the confidence corrected for choosing it."""
 MIN_GUESSES = 8
-"""Guesses below which a share isn't tried: they prove too little for the doubt that they cost."""
+"""Fractions with fewer guesses than this aren't tried: they prove less than their correction costs."""
 LARGEST = 50.0
-"""No audit proves more than this epsilon, nor a larger mu: it would take e^50 canaries."""
+"""The largest epsilon, and mu, that an audit reports: more would take e^50 canaries."""
 LEAST_NOISE = 0.02
-"""Noise multipliers below this are not told apart: epsilon is above 1,000 there."""
+"""Noise multipliers below this aren't distinguished: epsilon is above 1,000 there."""
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """Of so many canaries, how many were guessed, and how many of those rightly."""
+    """How many canaries there are, how many guesses were made, and how many of these are right."""
 
     canaries: int
     made: int
@@ -56,17 +56,21 @@ class Guesses:
 
 
 def guessed(scores: Vector, inside: Membership, made: int) -> Guesses:
-    """The surest guesses: half of them that the highest scores are in, half that the lowest are out."""
+    """The result of `made` guesses: half that the highest scores are in, half that the lowest are out.
+
+    `scores` [canaries] and `inside` [canaries], whether each canary was in the run.
+    """
     order = np.argsort(scores, kind="stable")
     out, into = order[: made // 2], order[len(order) - (made - made // 2) :]
     return Guesses(len(scores), made, int(inside[into].sum() + (~inside[out]).sum()))
 
 
 def p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
-    """Under (epsilon, delta)-DP, how likely at most so many guesses are right (the main theorem).
+    """An upper bound, under (epsilon, delta)-DP, on the probability of this many right guesses or more.
 
-    W is binomial, of as many trials as guesses, each right with e^epsilon / (1 + e^epsilon), as for
-    randomized response: P[W >= right] + 2 m delta max over i of P[right > W >= right - i] / i.
+    The main theorem of Steinke et al. 2023, with m canaries: P[W >= right] + 2 m delta max over i of
+    P[right > W >= right - i] / i, where W is binomial with one trial per guess and success probability
+    e^epsilon / (1 + e^epsilon), as for randomized response.
     """
     chance = 1 / (1 + math.exp(-epsilon))
     tail = float(binom.sf(guesses.right - 1, guesses.made, chance))
@@ -78,25 +82,30 @@ def p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
 
 
 def lower_bound(guesses: Guesses, *, delta: float, confidence: float) -> float:
-    """The largest epsilon that the guesses refute at that confidence; 0 if they refute none."""
+    """The largest epsilon that the guesses refute at this confidence; 0 if they refute none.
+
+    Raises:
+        ValueError: `delta` is not in [0, 1), or `confidence` not in (0, 1).
+    """
     _check(delta, confidence)
     return _largest(lambda value: p_value(guesses, value, delta) < 1 - confidence, LARGEST)
 
 
 Inverse = Callable[[float], float]
-"""x to the y with 1 - f(y) = x: f is a trade-off curve, false negatives over false positives."""
+"""x to the y with 1 - f(y) = x, where f is a trade-off curve: false negatives by false positives."""
 
 
 def gaussian_inverse(mu: float) -> Inverse:
-    """Of a Gaussian release that is mu-GDP (Dong, Roth, Su 2022): 1 - G_mu(y) = Phi(Phi^-1(y) + mu)."""
+    """The inverse for a mu-GDP mechanism: 1 - G_mu(y) = Phi(Phi^-1(y) + mu) (Dong, Roth, Su 2022)."""
     return lambda x: float(ndtr(ndtri(x) - mu))
 
 
 def profile_inverse(epsilons: Sequence[float], deltas: Sequence[float]) -> Inverse:
-    """Of all mechanisms that are (epsilon, delta)-DP for each of those pairs at once.
+    """The inverse for mechanisms that are (epsilon, delta)-DP for each of these pairs at once.
 
-    Their curve is f(y) = max of 0, 1 - delta - e^epsilon y and e^-epsilon (1 - delta - y) (Wasserman
-    and Zhou 2010, Dong, Roth, Su 2022, proposition 2.5): no line of it lies above 1 - x at the answer.
+    Their curve is f(y) = max over the pairs of 0, 1 - delta - e^epsilon y and e^-epsilon (1 - delta - y)
+    (Wasserman and Zhou 2010; Dong, Roth, Su 2022, proposition 2.5). The result is the smallest y at which
+    none of these lines is above 1 - x.
     """
     grow, lost = np.exp(np.asarray(epsilons)), np.asarray(deltas)
 
@@ -108,11 +117,13 @@ def profile_inverse(epsilons: Sequence[float], deltas: Sequence[float]) -> Inver
 
 
 def refutes(guesses: Guesses, inverse: Inverse, confidence: float) -> bool:
-    """Whether f-DP makes so many right guesses less likely than 1 - confidence (by the recursion).
+    """Whether this many right guesses are less likely than 1 - confidence under f-DP.
 
-    With tau the probability of at least that many, right[i] and wrong[i] are the chances that one
-    canary is guessed rightly or wrongly while at least i are right. They begin at tau right / m and
-    tau wrong / m, grow downwards as slowly as f allows, and must end at made / m together.
+    The recursion of Mahloujifar et al. 2024. Suppose the probability of at least this many right guesses is
+    tau = 1 - confidence. For each i, right[i] and wrong[i] are the probabilities that one canary is guessed
+    right, or wrong, while at least i guesses are right. They start at tau right / m and tau wrong / m with m
+    canaries, and as i decreases they grow at least as fast as f requires. Their sum can't exceed made / m: if
+    it does, the supposition is false and the guesses are refuted.
     """
     doubt, count, made = 1 - confidence, guesses.canaries, guesses.made
     right = doubt * guesses.right / count
@@ -127,46 +138,50 @@ def refutes(guesses: Guesses, inverse: Inverse, confidence: float) -> bool:
 
 @dataclass(frozen=True)
 class Family:
-    """Mechanisms that differ in their noise only: so many Gaussian releases at one sampling rate."""
+    """Mechanisms with `releases` Gaussian releases at one sampling rate, which differ only in their noise."""
 
     sampling_rate: float
     releases: int
 
     @property
     def most_noise(self) -> float:
-        """A noise multiplier under which the releases together show next to nothing: mu is 1/200."""
+        """A noise multiplier so large that the releases together reveal almost nothing: mu is 1/200."""
         return 200.0 * math.sqrt(self.releases)
 
     def curve(self, noise_multiplier: float) -> Inverse:
-        """The trade-off curve with that noise: exact without sampling, else a lower bound of it."""
+        """The inverse trade-off curve with this noise: exact without sampling, else a lower bound on it."""
         if self.sampling_rate == 1:
             return gaussian_inverse(math.sqrt(self.releases) / noise_multiplier)
         return _sampled_curve(self, noise_multiplier)
 
     def epsilon(self, noise_multiplier: float, delta: float) -> float:
-        """What the accountant says of that noise."""
+        """Epsilon at `delta` with this noise: exact without sampling, else by the accountant."""
         if self.sampling_rate == 1:
             return gaussian_epsilon(math.sqrt(self.releases) / noise_multiplier, delta)
         return epsilon(self.spent(noise_multiplier), delta)
 
     def spent(self, noise_multiplier: float) -> dict[Release, int]:
-        """The releases as a ledger has them."""
+        """The releases with this noise in a ledger's form: how many of each kind."""
         return {Release(noise_multiplier, self.sampling_rate): self.releases}
 
 
 @lru_cache(maxsize=256)
 def _sampled_curve(family: Family, noise_multiplier: float) -> Inverse:
-    """Kept, for searches begin at the same noise."""
+    """The inverse curve with sampling; cached, because all searches start at the same noise."""
     epsilons = np.linspace(0, 20, 201).tolist()
     return profile_inverse(epsilons, profile(family.spent(noise_multiplier), epsilons))
 
 
 GAUSSIAN = Family(1.0, 1)
-"""What a mechanism is compared with that has no noise of its own."""
+"""A single Gaussian release without sampling, for auditing mechanisms without noise of their own."""
 
 
 def lower_bound_in_family(guesses: Guesses, family: Family, *, delta: float, confidence: float) -> float:
-    """Epsilon of the family's member with the least noise that the guesses refute; 0 if they refute none."""
+    """Epsilon of the family's member with the least noise that the guesses refute; 0 if they refute none.
+
+    Raises:
+        ValueError: `delta` is not in [0, 1), or `confidence` not in (0, 1).
+    """
     _check(delta, confidence)
     most, least = family.most_noise, LEAST_NOISE
 
@@ -182,9 +197,10 @@ def lower_bound_in_family(guesses: Guesses, family: Family, *, delta: float, con
 def least_noise_refuted(
     is_refuted: Callable[[float], bool], least: float, most: float, *, precision: float
 ) -> float:
-    """The least noise multiplier that is refuted, as all larger ones are; `most` must be.
+    """The least noise multiplier between `least` and `most` that is refuted, by bisection.
 
-    It is up to `precision` times too large, never too small.
+    `is_refuted` must be monotone, and true of `most`. The result is at most `precision` times too large, and
+    never too small.
     """
     while most / least > precision:
         middle = math.sqrt(least * most)
@@ -193,7 +209,7 @@ def least_noise_refuted(
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon at `delta` of mu-GDP: the root of Dong, Roth, Su 2022, corollary 2.13."""
+    """Epsilon at `delta` of a mu-GDP mechanism (Dong, Roth, Su 2022, corollary 2.13), to 1e-6."""
 
     def lost(value: float) -> float:
         far = math.exp(min(value, 700.0)) * ndtr(-value / mu - mu / 2)
@@ -210,16 +226,17 @@ class Finding:
     guesses: Guesses
 
     def to_json(self) -> dict[str, Any]:
-        """For a result."""
+        """The finding as a table of `result.json`."""
         return {"epsilon": self.epsilon, "guesses": self.guesses.made, "right": self.guesses.right}
 
 
 def best(
     scores: Vector, inside: Membership, bound: Callable[[Guesses, float], float], confidence: float
 ) -> Finding:
-    """The best of several numbers of guesses, chosen after the fact and paid for by Bonferroni.
+    """The largest lower bound over several numbers of guesses; it holds at `confidence`.
 
-    `bound` gives the lower bound of guesses at a confidence; the finding holds at `confidence`.
+    `scores` and `inside` are [canaries]. `bound` maps guesses and a confidence to a lower bound on epsilon;
+    its confidence has a Bonferroni correction for choosing the best number of guesses afterwards.
     """
     counts = sorted({max(round(len(scores) * share), min(MIN_GUESSES, len(scores))) for share in SHARES})
     each = 1 - (1 - confidence) / len(counts)
@@ -228,7 +245,7 @@ def best(
 
 
 def _largest(holds: Callable[[float], bool], limit: float) -> float:
-    """The largest value, to 1e-6, at which something holds that fails from there on; 0 if it never does."""
+    """The largest value at which a monotone condition holds, to 1e-6; 0 if it never does, at most `limit`."""
     if not holds(0.0):
         return 0.0
     low, high = 0.0, 1.0

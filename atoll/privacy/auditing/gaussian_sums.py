@@ -1,21 +1,21 @@
-"""A lower bound on epsilon from how far scores lie apart, for mechanisms that add Gaussian noise.
+"""A lower bound on epsilon from the distance between canaries' scores, for mechanisms with Gaussian noise.
 
-Guesses throw away by how much a score is above another. Agrawal et al. 2026, "Let's Ask Gauss: Improved
-One-Run Privacy Auditing" (arXiv 2606.12733), take a canary's score, summed over the releases, as a
-Gaussian if it is in and another if it is out, and epsilon from those two. Here the distance of the two
-has a bound that is exact for a finite number of canaries, by Student's two-sample t; what it says of
-the noise is turned into epsilon by the accountant, as the f-DP bound does.
+Guesses use only the order of scores, not their distances. Agrawal et al. 2026, "Let's Ask Gauss: Improved
+One-Run Privacy Auditing" (arXiv 2606.12733), model a canary's score, summed over the releases, as one
+Gaussian if the canary was included and another if it wasn't, and compute epsilon from the two. Here the
+distance of the two means is bounded exactly for a finite number of canaries, by Student's two-sample t; the
+resulting bound on the noise is converted into epsilon by the accountant, as in `lower_bound_in_family`.
 
 What is assumed, and not proven:
 
-- There are as many releases as the family says, and in every canary's direction each adds independent
-  Gaussian noise of one deviation.
-- A canary that is in is in each release by a coin of its own, at the family's sampling rate. It moves its
-  score there by one length at most; its score is the sum over the releases, which are otherwise the same
-  whether it is in or not.
+- There are as many releases as the family says, and in every canary's direction each release adds
+  independent Gaussian noise of the same standard deviation.
+- An included canary is in each release independently, with the family's sampling rate as probability. There
+  it moves its score by at most one unit of length; its score is the sum over the releases, which are
+  otherwise the same whether it is included or not.
 
-Only the noise multiplier, the deviation over that length, is unknown. The bound says nothing of noise
-with another distribution: there only `lower_bound` holds, whatever the mechanism is.
+Only the noise multiplier, the standard deviation over that length, is unknown. The bound doesn't hold for
+noise of another distribution: there only `lower_bound` does, which holds for any mechanism.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from atoll.privacy.auditing.epsilon_bounds import (
 )
 
 SURE = 1 - 1e-6
-"""Confidence of the bound, unless more is asked for.
+"""The bound's confidence, unless a higher one is asked for.
 
-The attack is as strong as the claim allows: at 95 %, one audit of correct code in twenty would raise an
-alarm. So many scores tell their distance so well that the other doubt costs little.
+The attack is as strong as the claim allows, so at 95 % one audit of correct code in twenty would raise an
+alarm. With this many scores their distance is known so well that a higher confidence costs little.
 """
 BINS = 64
-"""Parts into which the number of times that canaries are in a release is sorted, each rounded up."""
+"""The number of bins for how often canaries are in a release; counts are rounded up to their bin's end."""
 NEGLIGIBLE = 1e-12
-"""Probability beyond the outermost of those parts: added to the doubt."""
+"""The probability outside of the bins, which is added to the tail probability."""
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How far the scores of canaries that are in lie above the others': Student's t and both counts."""
+    """Student's t between the scores of included canaries and those of the others, and both counts."""
 
     t: float
     inside: int
@@ -59,25 +59,27 @@ class Separation:
 
     @property
     def degrees_of_freedom(self) -> int:
-        """Of the pooled deviation."""
+        """The degrees of freedom of the pooled standard deviation."""
         return self.inside + self.outside - 2
 
     @property
     def t_per_deviation(self) -> float:
-        """What t grows by on average when the means move one deviation apart."""
+        """The increase of t per standard deviation between the two means."""
         return math.sqrt(self.inside * self.outside / (self.inside + self.outside))
 
     @property
     def deviations(self) -> float:
-        """The distance of the two means in pooled deviations."""
+        """The distance of the two means in pooled standard deviations."""
         return self.t / self.t_per_deviation
 
 
 def separation(scores: Vector, inside: Membership) -> Separation:
-    """Student's two-sample t with a pooled deviation; infinite where scores don't vary.
+    """Student's two-sample t with a pooled standard deviation; infinite if scores don't vary.
+
+    `scores` and `inside` are [canaries].
 
     Raises:
-        ValueError: fewer than two canaries are in, or fewer than two out.
+        ValueError: fewer than two canaries are included, or fewer than two are not.
 
     >>> separation(np.array([1.0, 3.0, 4.0, 6.0]), np.array([False, False, True, True])).t
     2.1213203435596424
@@ -94,12 +96,12 @@ def separation(scores: Vector, inside: Membership) -> Separation:
 
 
 def chance(separated: Separation, family: Family, noise_multiplier: float) -> float:
-    """How likely the family's member with that noise has scores so far apart, or farther.
+    """The probability that the family's member with this noise separates scores this far or farther.
 
-    Let those inside be in a release k times together, over n canaries and T releases: then t has the
-    noncentral t distribution at k / (n sqrt(T) noise) deviations, and k is binomial. Where sampling makes
-    the scores of those inside vary more, the pooled deviation is larger and t smaller: the chance is
-    an upper bound, exact without sampling.
+    Let the n included canaries be in a release k times in total, over T releases. Then t has the noncentral t
+    distribution for means k / (n sqrt(T) noise) standard deviations apart, and k is binomial. Sampling also
+    makes the included canaries' scores vary more, which makes t smaller; so the result is an upper bound, and
+    exact without sampling.
     """
     unit = separated.t_per_deviation / (separated.inside * math.sqrt(family.releases) * noise_multiplier)
     times = _times_in_a_release(separated.inside * family.releases, family.sampling_rate)
@@ -108,7 +110,7 @@ def chance(separated: Separation, family: Family, noise_multiplier: float) -> fl
 
 
 def _times_in_a_release(trials: int, rate: float) -> Mapping[int, float]:
-    """Binomial counts, rounded up to the end of their bin, with their probabilities."""
+    """The probability of each binomial count, where counts are rounded up to the end of their bin."""
     if rate == 1:
         return {trials: 1.0}
     low, high = binom.ppf(NEGLIGIBLE, trials, rate), binom.isf(NEGLIGIBLE, trials, rate)
@@ -119,9 +121,9 @@ def _times_in_a_release(trials: int, rate: float) -> Mapping[int, float]:
 
 @dataclass(frozen=True)
 class SumsFinding:
-    """A lower bound on epsilon, and the scores' distance that proves it of Gaussian noise.
+    """A lower bound on epsilon for Gaussian noise, and the scores' distance that proves it.
 
-    `noise_multiplier` is the largest that isn't refuted at that confidence; None if none is refuted.
+    `noise_multiplier` is the least that is refuted at this confidence; None if none is.
     """
 
     epsilon: float
@@ -130,7 +132,7 @@ class SumsFinding:
     confidence: float
 
     def to_json(self) -> dict[str, Any]:
-        """For a result; a distance that is infinite has no number there."""
+        """The finding as a table of `result.json`; an infinite distance is written as null."""
         return {
             "epsilon": self.epsilon,
             "noise_multiplier": self.noise_multiplier,
@@ -142,15 +144,15 @@ class SumsFinding:
 def lower_bound_by_sums(
     scores: Vector, inside: Membership, family: Family, *, delta: float, confidence: float
 ) -> SumsFinding:
-    """Epsilon of the least noise that the scores' distance refutes; 0 if they refute none.
+    """Epsilon of the family's member with the least noise that the scores' distance refutes; 0 without one.
 
     Raises:
-        ValueError: fewer than two canaries are in, or fewer than two out.
+        ValueError: fewer than two canaries are included, or fewer than two are not.
     """
     separated, doubt, most = separation(scores, inside), 1 - confidence, family.most_noise
     if separated.t <= 0 or chance(separated, family, most) >= doubt:
         return SumsFinding(0.0, None, separated.deviations, confidence)
-    # The noise at which the distance is what it is on average: it can't be refuted by it.
+    # With this noise the observed distance is the expected one, so this noise can't be refuted.
     usual = math.sqrt(family.releases) * family.sampling_rate / separated.deviations
     least = max(min(usual / 2, most), LEAST_NOISE)
     noise = least_noise_refuted(
