@@ -120,7 +120,7 @@ class Proposal:
     cell_of: NDArray[np.uint16]
     """The cell of each slot, [2^SLOT_BITS]."""
     surely: Words
-    """By cell: if U's first bits, as an integer, are below this, U is below all p of the cell; 0 for blocks."""
+    """By cell: if U's first bits, as an integer, are below this, U is below all p of it; 0 for blocks."""
     at_start: tuple[Words, Words]
     """By cell: lower and upper bounds on p at the cell's start, times 2^MIDDLE."""
     rate: tuple[int, int] | None

@@ -1,6 +1,6 @@
-"""What is learnt: data format, backbone and head, loss, metrics.
+"""The registry of tasks; each defines its data format, its model, its loss and its metrics.
 
-The registry is read without the tasks, which bring torch and more with them: one comes in when it is used.
+The registry can be read without importing the tasks, which import torch; a task is imported when it is used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OF_MODULES = ("NAME", "NUMBER", "NUMBERS", "TEXT", "Column", "ModuleTask")
 
 
 def __getattr__(name: str) -> Any:
-    """What a task is written with: it brings torch, and is imported when it is asked for."""
+    """The base classes and column types for writing tasks, which import torch, at their first use."""
     if name == "Task":
         return import_module("atoll.tasks.task").Task
     if name not in _OF_MODULES:
@@ -43,13 +43,13 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the registry: where a task is written, what it says of itself, and who brings it."""
+    """One line of the registry: a task's module and attribute, its summary, and the package it comes from."""
 
     module: str
     attribute: str
     summary: str
     primary_metric: str | None = "accuracy"
-    """None of an extension's, which isn't imported yet and says it then."""
+    """None for an extension's task, whose metric is known only once it is imported."""
     origin: str = BUILT_IN
 
 
@@ -178,16 +178,16 @@ def _as_it_is(extension: Extension) -> Extension:
 
 
 METRICS: Registry[Extension] = Registry("metric", {}, _as_it_is)
-"""Metrics that extensions bring; each task has its own besides."""
+"""The metrics of extensions; every task also has metrics of its own."""
 
 
 def check_task(name: str) -> None:
-    """Raises ConfigError if there is no task of that name; none is imported for it."""
+    """Raises ConfigError if there is no task of this name; imports no task."""
     TASKS.check(name, "task.name")
 
 
 def check_metrics(job: Job) -> None:
-    """Raises ConfigError if `evaluate.metrics` names one that isn't there; none is imported for it."""
+    """Raises ConfigError if `evaluate.metrics` names an unknown metric; imports no metric."""
     for name in job.evaluate.metrics:
         if name not in METRICS and not len(METRICS):
             raise ConfigError(
@@ -198,7 +198,7 @@ def check_metrics(job: Job) -> None:
 
 
 def check_metric_options(job: Job) -> None:
-    """Raises ConfigError where the options of a metric that `evaluate.metrics` names don't fit it."""
+    """Raises ConfigError if a metric in `evaluate.metrics` is unknown or its options are invalid."""
     check_metrics(job)
     for name, options in job.evaluate.metrics.items():
         checked_options(METRICS[name].loaded(), options, f"evaluate.metrics.{name}")
@@ -207,10 +207,10 @@ def check_metric_options(job: Job) -> None:
 def with_brought_metrics(
     metrics: MetricCollection, job: Job, data_info: Mapping[str, Any]
 ) -> MetricCollection:
-    """A task's own metrics, and behind them those that `evaluate.metrics` names.
+    """A task's own metrics, followed by those that `evaluate.metrics` names.
 
     Raises:
-        ConfigError: one isn't there, its options don't fit, or its states can't be summed over clients.
+        ConfigError: a metric is unknown, its options are invalid, or its states can't be summed over clients.
     """
     check_metrics(job)
     for name, options in job.evaluate.metrics.items():
@@ -234,10 +234,10 @@ def _brought_metric(extension: Extension, options: Mapping[str, Any], data_info:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name, imported at first use.
+    """The task of this name, imported at its first use.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no task of this name.
     """
     check_task(name)
     if not TASKS.has(name):
@@ -256,7 +256,7 @@ def _brought_task(extension: Extension) -> Task:
 
 
 def headline_of(name: str) -> str:
-    """The metric that a run of that task is judged by; accuracy for a task that isn't there."""
+    """The name of a task's primary metric; "accuracy" if the task is unknown."""
     entry = TASKS.get(name)
     if entry is None:
         return "accuracy"
@@ -264,5 +264,5 @@ def headline_of(name: str) -> str:
 
 
 def trains_on_features(job: Job) -> bool:
-    """Whether training sees nothing but kept features of a frozen backbone."""
+    """Whether the job trains a head on cached features of a frozen backbone, and nothing else."""
     return task_named(job.task.name).uses_pooled_features and job.backbone_is_frozen

@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 def class_fields(
     key: str = "classes", what: str = "classes", at_most: int = MOST_CLASSES
 ) -> tuple[InfoField, ...]:
-    """What a greeting with names under that key tells: those of the data, unless the job gives them."""
+    """The `info_fields` of a task whose `local_info` lists the data's names (classes, tags) under `key`.
+
+    The job can state them as `data.classes`; `what` is their name in messages, `at_most` their largest count.
+    """
     return InfoField(key, "example", "data.classes", f"the list of {what}", "names", at_most), PINNED
 
 
 def rows_named(names: Sequence[str], data: DataSection) -> Sequence[int]:
-    """The rows whose name is one that the job gives; all where it gives none."""
+    """The numbers of the rows whose name is in the job's `data.classes`; all rows if that isn't set."""
     if data.classes is None:
         return range(len(names))
     known = set(pinned_names(data))
@@ -37,10 +40,10 @@ def rows_named(names: Sequence[str], data: DataSection) -> Sequence[int]:
 
 
 def named(present: set[str], data: DataSection, key: str, what: str) -> DataInfo:
-    """The names, in order, under that key: those the job names, or else those of the data, sorted.
+    """{key: names}: those of the job's `data.classes`, marked as pinned, else the data's, sorted.
 
     Raises:
-        DataError: the data has one that the job doesn't name.
+        DataError: the data has a name that isn't in `data.classes`.
     """
     if data.classes is None:
         return {key: sorted(present)}
@@ -52,12 +55,12 @@ def named(present: set[str], data: DataSection, key: str, what: str) -> DataInfo
 
 
 def pinned_names(data: DataSection) -> list[str]:
-    """The names that the job gives, as those of the data are written; none where it gives none."""
+    """The job's `data.classes`, in the form in which the data's names are read; empty if it isn't set."""
     return [value_name(name) or name for name in data.classes or ()]
 
 
 def agreed(data_info: Sequence[DataInfo], key: str) -> list[str]:
-    """Pinned names as they are, else the sorted union."""
+    """The names under `key` that hold for all clients: the job's, else the sorted union of the clients'."""
     pinned = next((f for f in data_info if f.get("pinned")), None)
     return list(pinned[key]) if pinned else sorted({name for f in data_info for name in f[key]})
 
@@ -68,10 +71,10 @@ class Labelled(Task):
     info_fields = class_fields()
 
     def targets(self, labels: Sequence[str], order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
-        """The classes of rows in that order as numbers, [n].
+        """The class numbers of the rows in the given order, int64, [n].
 
         Raises:
-            DataError: one isn't among the run's.
+            DataError: a class isn't among the run's classes.
         """
         index = {name: i for i, name in enumerate(data_info["classes"])}
         try:
@@ -83,19 +86,19 @@ class Labelled(Task):
             ) from None
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The classes, in order: those the job names, or else those of the data, sorted.
+        """The classes: those of `data.classes` in its order, else those of the data, sorted.
 
         Raises:
-            DataError: the data has a class that the job doesn't name.
+            DataError: the data has a class that isn't in `data.classes`.
         """
         return named(set(dataset["label"]), data, "classes", "label")
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
-        """The rows of the job's classes."""
+        """The numbers of the rows whose class is in `data.classes`; all rows if that isn't set."""
         return rows_named(dataset["label"][:], data)
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """Pinned classes as they are, else the sorted union.
+        """The classes of `data.classes`, else the sorted union of the clients' classes.
 
         Raises:
             ConfigError: there are fewer than two classes.

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classification(Labelled):
-    """One of several classes for each example; texts and images differ in reading and encoding."""
+    """Classification of texts or images, which differ only in how they are read and encoded."""
 
     name: str
     column: str
@@ -94,10 +94,10 @@ class Classification(Labelled):
         return IMAGE_SUFFIXES if self.column == "image" else (".txt",)
 
     def parse_input(self, text: str) -> Any:
-        """The bytes of an image file; a text file's text, or the text itself.
+        """The bytes of an image file; for texts, the content of a text file, or `text` itself.
 
         Raises:
-            DataError: it can't be read, or isn't of this task.
+            DataError: the input can't be read, or isn't of this task's kind.
         """
         return read_image_input(text, self.depth) if self.column == "image" else read_text_input(text)
 

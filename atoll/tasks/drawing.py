@@ -1,4 +1,4 @@
-"""Answers as pictures: masks with a palette, masks and boxes drawn over the picture that was asked about."""
+"""Predictions as pictures: masks with a palette, and masks or boxes drawn over the input."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 Colour = tuple[int, int, int]
 
 OPACITY = 0.5
-"""Of a mask's colours over the picture."""
+"""The opacity of a mask's colours over the picture."""
 NAMED_FROM = 160
-"""Pixels of a picture's shorter side from which on there is room for names."""
+"""The shorter side in pixels from which on a picture has room for the names of classes."""
 _BITS = 8
 
 
 def colour_of(number: int) -> Colour:
-    """The colour of a class, as PASCAL VOC's masks have it: 0 is black, and 256 of them differ."""
+    """The RGB colour of a class in PASCAL VOC's palette: 256 different colours, of which 0 is black."""
     red = green = blue = 0
     for bit in range(_BITS):
         red |= (number >> 3 * bit & 1) << 7 - bit
@@ -37,16 +37,16 @@ def hex_colour(number: int) -> str:
 
 
 def mask_png(mask: NDArray[np.uint8]) -> bytes:
-    """A PNG whose pixels are the class indices of a mask [height, width], and whose palette has colours."""
+    """A PNG with a palette whose pixels are the class indices of a mask, uint8, [height, width]."""
     image = Image.fromarray(mask, "L")
     image.putpalette([value for number in range(256) for value in colour_of(number)])
     return _png(image)
 
 
 def mask_over(picture: Image.Image, mask: NDArray[np.uint8], classes: Sequence[str]) -> bytes:
-    """A PNG of the picture with the mask's colours over it, and the names of the classes that are there.
+    """A PNG of the picture overlaid with the mask's colours, and a legend of the classes in the mask.
 
-    A picture without room for names has none.
+    A picture too small for names has no legend.
     """
     colours = np.array([colour_of(number) for number in range(256)], dtype=np.float64)
     mixed = np.asarray(picture) * (1 - OPACITY) + colours[mask] * OPACITY
@@ -59,7 +59,10 @@ def mask_over(picture: Image.Image, mask: NDArray[np.uint8], classes: Sequence[s
 
 
 def boxes_over(picture: Image.Image, boxes: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> bytes:
-    """A PNG of the picture with boxes, each with its class and score; `box` is in parts of its sides."""
+    """A PNG of the picture with boxes drawn on it, each with its class and score.
+
+    `box` is [x1, y1, x2, y2] as fractions of the picture's width and height.
+    """
     image = picture.copy()
     draw, font = ImageDraw.Draw(image), _font(image.size)
     for one in reversed(boxes):  # the surest is drawn last, over the others
@@ -81,7 +84,7 @@ def _name_tag(
     text: str,
     colour: Colour,
 ) -> float:
-    """Write on a ground of that colour, from the left upper corner on; where the ground ends below."""
+    """Write a text on a rectangle of this colour whose upper left corner is `place`; returns its bottom."""
     left, top = place
     end = top + _height(font, text)
     draw.rectangle((left, top, left + font.getlength(text) + 4, end), fill=colour)
@@ -96,7 +99,7 @@ def _height(font: ImageFont.FreeTypeFont, text: str) -> float:
 
 @cache
 def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
-    """Letters that a picture of that size has room for: those that Matplotlib brings."""
+    """A font of a size that fits a picture of this size; it comes with Matplotlib."""
     from matplotlib import get_data_path
 
     path = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")

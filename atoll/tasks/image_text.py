@@ -1,7 +1,7 @@
-"""An image with a text: two encoders, frozen or tuned, and one head on what both say.
+"""Classification of images with texts: two encoders, frozen or tuned, and one head on both features.
 
-The image's encoder is the job's backbone, the text's is `backbone.options.text`; where the backbone is a
-model of both (CLIP and kin), it gives both and there is no option.
+The image encoder is the job's backbone, the text encoder is `backbone.options.text`; a backbone such as CLIP
+provides both, and then there is no such option.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Pair = tuple[bytes, str]
 
 
 class PairOptions(Section):
-    """`backbone.options` of image-text: the encoder of the texts, as a backbone is named."""
+    """`backbone.options` of image-text: the name of the text encoder, in the form of a backbone's name."""
 
     text: str | None = None
 
@@ -63,17 +63,17 @@ RECORDS = Schema(
 
 
 class PairEncoder(Encoder):
-    """(image, text) to features: those of the one and of the other side by side, each at unit variance."""
+    """Encodes (image, text) pairs: both features concatenated, each normalised to unit variance."""
 
     def __init__(self, image: VisionEncoder, text: Encoder) -> None:
         super().__init__()
         self.model = nn.ModuleDict({"image": image.model, "text": text.model})
         self.width = image.width + text.width
-        # In a tuple, so that their networks have one name each.
+        # In a tuple, so that torch doesn't register their networks a second time.
         self._parts = (image, text)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[batch, width of both]."""
+        """The features, [batch, image width + text width]."""
         text_batch = {name: t for name, t in batch.items() if name != "pixel_values"}
         image, text = self._parts
         states = (image({"pixel_values": batch["pixel_values"]}), text(text_batch))
@@ -91,7 +91,7 @@ class PairEncoder(Encoder):
     def fixed_batches(
         self, inputs: Sequence[Pair], size: int, variation: Variation | None = None
     ) -> Iterator[FixedBatch]:
-        """As the texts' encoder forms them: by length."""
+        """Batches of `size` as the text encoder forms them, by length of text."""
         for rows, text_batch in self._parts[1].fixed_batches([text for _, text in inputs], size):
             yield rows, partial(self._filled, [inputs[row][0] for row in rows], text_batch, size)
 
@@ -102,28 +102,28 @@ class PairEncoder(Encoder):
 
 
 WORDS = "words"
-"""What a pair calls its text, as a text's encoder keeps it; before a dot, each tensor of several."""
+"""The name of a pair's preprocessed text; a prefix, with a dot, if the text has several tensors."""
 
 
 def _named(preprocessed: Preprocessed) -> Batch:
-    """A text, as its encoder keeps it, under names of its own."""
+    """A preprocessed text as a batch whose names don't clash with the image's."""
     if isinstance(preprocessed, torch.Tensor):
         return {WORDS: preprocessed}
     return {f"{WORDS}.{name}": tensor for name, tensor in preprocessed.items()}
 
 
 def _words(pair: Batch) -> Preprocessed:
-    """What `_named` was given."""
+    """The preprocessed text of a pair: the inverse of `_named`."""
     if WORDS in pair:
         return pair[WORDS]
     return {name.removeprefix(f"{WORDS}."): tensor for name, tensor in pair.items() if name != "pixels"}
 
 
 def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> PairEncoder:
-    """Both encoders with their resolved weights, in eval mode.
+    """Both encoders with the weights of the resolved backbone, in eval mode.
 
     Raises:
-        WeightsError: one of them doesn't read images, or texts.
+        WeightsError: the backbone doesn't read images, or there is no encoder of texts.
     """
     image = load_vision_encoder(backbone, section, seed)
     if backbone.also is None and backbone.kind == "hf":
@@ -141,7 +141,7 @@ def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -
 
 @dataclass(frozen=True)
 class ImageText(SchemaTask, Labelled):
-    """One of several classes for each image with its text."""
+    """Classification of images, each with a text."""
 
     name: str = "image-text"
     summary: str = "one label for an image with its text; two encoders, or CLIP; accuracy, macro F1"
@@ -180,10 +180,10 @@ class ImageText(SchemaTask, Labelled):
         return load_pair_encoder(backbone, section, seed)
 
     def parse_input(self, line: str) -> Any:
-        """An image file, two colons, and its text.
+        """(the image's bytes, its text) of an input such as `photo.jpg::a red car`.
 
         Raises:
-            DataError: it isn't both.
+            DataError: the image or the text is missing, or the image can't be read.
         """
         path, colons, text = line.partition("::")
         if not colons or not text.strip():

@@ -1,4 +1,4 @@
-"""Which packages a job's work imports: a fork server imports them before it forks the processes for it."""
+"""The packages that work on a job will import, so that a fork server can import them before it forks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ IMAGES = ("torchvision.models",)
 PRIVATE = ("opacus.grad_sample",)
 ADAPTERS = ("peft",)
 TABLES = ("pandas",)
-"""pyarrow looks whether it is there when it makes its first array, which takes a second."""
+"""pyarrow tries to import pandas when it makes its first array, which takes a second."""
 
 ANY = (*LEARNING, *TEXT, *TOKENS, *IMAGES, *TABLES)
-"""For a process that doesn't know yet which jobs it will get."""
+"""The modules for a process that doesn't know its jobs yet."""
 
 
 def imports_of(job: Job) -> tuple[str, ...]:
-    """The modules, by full name, that training and measuring for this job import.
+    """The full names of the modules that training and evaluating this job import.
 
-    A list that misses one costs time only: the process that needs it imports it then.
+    A missing module costs only time: the process that needs it imports it.
     """
     modules = list(LEARNING)
     if job.backbone.name.startswith("torchvision:"):

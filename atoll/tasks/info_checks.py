@@ -1,6 +1,6 @@
-"""Whether the facts of a client's greeting have the form that its task gives them.
+"""Checks that the data info in a client's greeting has the form that the task declares.
 
-A greeting comes from another machine, and what a model is built from decides how much memory is taken.
+A greeting comes from another machine, and a model built from it could take any amount of memory.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from atoll.tasks.task import Task
 
 NAME_CHARACTERS = 10_000
-"""Of one class, item or text at most."""
+"""The most characters in the name of a class or item, or in a text."""
 
 
 def check_info(task: Task, job: Job, info: DataInfo) -> None:
-    """See whether a greeting's facts are those that the task declares, each of its form and not too large.
+    """Check that a greeting's fields are those that the task declares, of the right type and size.
 
-    Names that the job gives must be the job's own. A task that declares nothing is only tried.
+    Where the job states the names, the greeting must have exactly these. For a task without a declaration
+    only `merge_info` is tried.
 
     Raises:
-        DataError: they aren't; the line names the field.
+        DataError: a field is unknown or has a wrong value; the line names it.
     """
     fields = declared_fields(task, job)
     if fields is not None:
@@ -42,7 +43,7 @@ def check_info(task: Task, job: Job, info: DataInfo) -> None:
     try:
         task.merge_info([info])
     except InputError:
-        pass  # one client's data may be too little: all of it together is what counts
+        pass  # one client's data alone may be too little, such as a single class
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"the greeting's facts have a wrong form ({type(error).__name__})") from None
 
@@ -74,7 +75,7 @@ def _are_texts(value: Any, at_most: int) -> bool:
 
 
 def _check_pinned(job: Job, info: DataInfo, fields: Sequence[InfoField]) -> None:
-    """Names are the job's where it gives them, and nobody else's."""
+    """Check that the greeting has the job's `data.classes` where the job states them, and is then pinned."""
     if not any(field is PINNED for field in fields):
         return
     if bool(info.get(PINNED.name)) != (job.data.classes is not None):

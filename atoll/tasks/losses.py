@@ -1,4 +1,4 @@
-"""Losses of several predictions an example, of which some have no target."""
+"""Cross-entropy for examples with several predictions, some of which have no target."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 def cross_entropies(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy at each place, [n, places], of `scores` [n, places, classes] with `targets` [n, places].
 
-    One table with a row for each place takes about a fourth of the time that torch takes for the classes of
-    every example as its second dimension.
+    Flattening to one row per place takes a fourth of the time that torch takes with classes as the second
+    dimension of three.
     """
     rows = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
     return rows.view(targets.shape)
 
 
 def surprise(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy at places that have a target: the mean over each example's, then over examples.
+    """The mean cross-entropy of each example's places with a target, then the mean over examples; a scalar.
 
-    `outputs` [n, places, classes], `targets` [n, places], negative where there is none.
+    `outputs` is [n, places, classes]; `targets` is [n, places], negative where there is no target.
     """
     known = targets.clamp(0, outputs.shape[2] - 1)
     each = cross_entropies(outputs, known)

@@ -1,4 +1,4 @@
-"""The mean of scores, as a sum and a count that add up over clients."""
+"""The base class of metrics that are a mean, with a sum and a count that add up over clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torchmetrics import Metric
 
 
 class Mean(Metric):
-    """What a metric adds to `score`, over `total`; undefined (NaN) where nothing was counted."""
+    """The ratio `score` / `total` of what `update` adds to them; undefined (NaN) if nothing was counted."""
 
     is_differentiable = False
     full_state_update = False

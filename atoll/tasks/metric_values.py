@@ -1,7 +1,7 @@
-"""Metrics as numbers, of which one may be undefined, and their means over clients.
+"""Values of metrics, which may be undefined, and their means over clients.
 
-A metric is undefined where nothing was there that it could measure: AUROC without a positive example, an
-error per word without words. It is None then, `null` in a file and a dash in a table, and never 0.
+A metric is undefined if there is nothing to measure, such as AUROC without a positive example or an error per
+word without words. Its value is then None, `null` in a file and a dash in a table, and never 0.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 MetricValues = dict[str, float | None]
-"""Metrics by name; None is undefined."""
+"""Values by the metric's name; None is undefined."""
 
 UNDEFINED = "\N{EN DASH}"
-"""What a table shows for a metric that is undefined."""
+"""What a table shows for an undefined metric."""
 
 
 def defined(value: float | torch.Tensor) -> float | None:
-    """A finite number, or None where there is none.
+    """The value as a float; None if it isn't finite.
 
     >>> defined(0.5), defined(float("nan"))
     (0.5, None)
@@ -33,13 +33,16 @@ def defined(value: float | torch.Tensor) -> float | None:
 
 
 def computed(metrics: MetricCollection) -> MetricValues:
-    """Each metric of what was added to it; those that divide by nothing are undefined."""
+    """The value of each metric in the collection; None where it isn't a finite number."""
     return {name: defined(value) for name, value in metrics.compute().items()}
 
 
 @dataclass(frozen=True)
 class MeanOverClients:
-    """A mean over those clients at which a metric is defined, and how many these are."""
+    """The mean of a metric over the clients where it is defined, and the numbers of clients.
+
+    `defined` of `clients` have a value; `value` is None if none has.
+    """
 
     value: float | None
     defined: int
@@ -47,7 +50,7 @@ class MeanOverClients:
 
     @property
     def coverage(self) -> str:
-        """Which clients are in the mean, where not all are.
+        """How many clients the mean is over; empty if it is over all of them.
 
         >>> mean_over([(1.0, 1), (None, 1), (0.5, 1)]).coverage
         'over 2 of 3 clients'
@@ -56,7 +59,7 @@ class MeanOverClients:
 
 
 def mean_over(measured: Sequence[tuple[float | None, float]]) -> MeanOverClients:
-    """The mean of (value, weight) pairs, without those whose value is undefined.
+    """The weighted mean of (value, weight) pairs, without the pairs whose value is None.
 
     >>> mean_over([(1.0, 1), (None, 1), (0.5, 3)]).value
     0.625
@@ -68,7 +71,7 @@ def mean_over(measured: Sequence[tuple[float | None, float]]) -> MeanOverClients
 
 
 def means(measured: Iterable[MetricValues]) -> dict[str, MeanOverClients]:
-    """Of each metric its mean, in which all count the same.
+    """Each metric's unweighted mean over the given tables of values.
 
     >>> {name: mean.value for name, mean in means([{"auroc": 1.0}, {"auroc": None}]).items()}
     {'auroc': 1.0}
@@ -79,7 +82,7 @@ def means(measured: Iterable[MetricValues]) -> dict[str, MeanOverClients]:
 
 
 def values_in_words(values: MetricValues) -> list[str]:
-    """Each metric with three decimals, for a line about a round.
+    """Each metric's name and value with three decimals, as text.
 
     >>> values_in_words({"accuracy": 0.5})
     ['accuracy 0.500']

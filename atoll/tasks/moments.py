@@ -1,7 +1,8 @@
-"""Moments: what a column of times may hold, and the one text that each becomes.
+"""Parsing columns of times: each cell, called a moment, becomes one normalised text.
 
-A moment is a number (a step, seconds since 1970), or a day or time in ISO 8601, or what `data.time_format`
-describes. Times with an offset become UTC; those without one are taken as they are. A column has one kind.
+A moment is a number (a step, seconds since 1970), a date or time in ISO 8601, or a text in the format of
+`data.time_format`. Times with a UTC offset are converted to UTC; others stay unchanged. All moments of a
+column must be of the same kind.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 NUMBER, NAIVE, OFFSET = "a number", "a time without an offset", "a time with an offset"
 
 GAP = 1.5
-"""Usual steps above which the way between two rows is a gap: months differ by less, a missing day by more."""
+"""A distance of more than this many usual steps is a gap: months differ by less, a missing day makes more."""
 
 
 @dataclass
 class MomentReader:
-    """Reads the cells of one column of times; `format` is how text is written that isn't ISO 8601.
+    """Parses the cells of one column of times; `format` is the strptime format of text that isn't ISO 8601.
 
     >>> read = MomentReader()
     >>> read("2024-10-27T02:30+02:00", "line 2"), read("2024-10-27T02:30+01:00", "line 3")
@@ -43,10 +44,10 @@ class MomentReader:
     _first: tuple[str, str] | None = field(default=None, repr=False)
 
     def __call__(self, cell: Any, where: str) -> str:
-        """The moment as text.
+        """The cell's moment as normalised text; `where` is the cell's place, for error messages.
 
         Raises:
-            DataError: it is none, or of another kind than the column's first one.
+            DataError: the cell is no moment, or of another kind than the column's first one.
         """
         kind, text = _kind_and_text(cell, self.format, where)
         first_kind, first_place = self._first = self._first or (kind, where)
@@ -93,17 +94,17 @@ def _expected(format: str | None) -> str:
 
 
 def _text_of(moment: datetime.datetime) -> str:
-    """In ISO 8601; midnight is the day, as which a file may write it too."""
+    """The time in ISO 8601; midnight becomes the date alone, so that both spellings are equal."""
     return moment.date().isoformat() if moment.time() == datetime.time() else moment.isoformat()
 
 
 def moment_text(cell: Any, where: str) -> str:
-    """A moment that was read before, or any other that stands alone."""
+    """The normalised text of a single moment, also one that is normalised already."""
     return MomentReader()(cell, where)
 
 
 def in_time(text: str) -> tuple[int | float, str]:
-    """What moments are sorted by: numbers as numbers, days and times as their text.
+    """A sort key for the moments of a column: numbers by value, dates and times by their text.
 
     >>> sorted(["10", "9", "9.5"], key=in_time)
     ['9', '9.5', '10']
@@ -116,7 +117,7 @@ def in_time(text: str) -> tuple[int | float, str]:
 
 @dataclass(frozen=True)
 class Gap:
-    """Where rows are missing in a series: the moments on both sides, and how far apart they are."""
+    """A place where rows are missing in a series: the moments on both sides, and how far apart they are."""
 
     before: str
     after: str
@@ -128,7 +129,7 @@ class Gap:
 
 
 def gaps(moments: Sequence[str]) -> Iterator[Gap]:
-    """The gaps between moments that are in order; a weekend is none where no moment is on one.
+    """The gaps between sorted moments; weekends are no gaps if no moment is on a weekend.
 
     >>> [str(gap) for gap in gaps(["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-05"])]
     ['2 days from 2024-01-03 to 2024-01-05, where a step is 1 day']
@@ -144,7 +145,7 @@ def gaps(moments: Sequence[str]) -> Iterator[Gap]:
 
 
 def moments_after(moments: Sequence[str], count: int) -> list[str]:
-    """The next moments after some in order whose steps are all alike; none where they aren't (months).
+    """The next `count` moments after sorted ones with equal steps; empty if steps differ, as for months.
 
     >>> moments_after(["2024-03-07", "2024-03-08", "2024-03-11"], 2)  # working days
     ['2024-03-12', '2024-03-13']
@@ -169,7 +170,7 @@ def moments_after(moments: Sequence[str], count: int) -> list[str]:
 
 
 def _steps(moments: Sequence[str]) -> list[float]:
-    """From each moment to the next: in numbers, in days (working days, if all are), or in seconds."""
+    """The distance from each moment to the next: in numbers, days (working days if all are) or seconds."""
     unit = _unit(moments)
     if unit == "":
         numbers = [in_time(moment)[0] for moment in moments]
@@ -184,14 +185,14 @@ def _steps(moments: Sequence[str]) -> list[float]:
 
 
 def _unit(moments: Sequence[str]) -> str:
-    """In what steps are told: nothing for numbers, days, or seconds where one moment has a time of day."""
+    """The unit of steps: "" for numbers, "second" if any moment has a time of day, else "day"."""
     if not any("-" in moment[1:] for moment in moments[:1]):
         return ""
     return "second" if any("T" in moment for moment in moments) else "day"
 
 
 def _length(step: float, unit: str) -> str:
-    """A step in words, in the largest unit that it is a whole number of.
+    """A step as text, in the largest unit of which it is a whole number.
 
     >>> _length(7200.0, "second"), _length(3.0, "day"), _length(2.0, "")
     ('2 hours', '3 days', '2')

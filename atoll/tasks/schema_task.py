@@ -1,4 +1,4 @@
-"""Tasks whose data is all said by one `Schema`: what an example's parts are, and nothing else."""
+"""The base class of tasks whose data format is described completely by one `Schema`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class SchemaTask(Task):
-    """Reads, checks, hashes and writes by `records`; how an example is hashed depends on no option."""
+    """Reads, checks, hashes and writes data by the schema of `records`; hashes depend on no option."""
 
     def records(self, options: Options) -> Schema:
-        """How the data of a job with these `task.options` is read."""
+        """The schema of the data of a job with these `task.options`."""
         raise TypeError(f"{type(self).__name__} does not say how its data is read")
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:

@@ -1,4 +1,4 @@
-"""The seam of a task: what is read, what is built, what is minimised, what is measured."""
+"""The interface of a task: how data is read, which model is built, the loss and the metrics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Task(Protocol):
     """
 
     name: str
-    """What jobs call it."""
+    """The task's name in jobs (`task.name`)."""
 
     summary: str
     """One line for `atoll list tasks`."""

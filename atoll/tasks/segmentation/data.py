@@ -1,4 +1,4 @@
-"""Images with masks: a picture of the same size whose pixels are places in a list of classes."""
+"""Data of segmentation: images with masks, pictures of the same size whose pixels are class indices."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from atoll.data.tables import SUFFIXES, Rows
 from atoll.errors import DataError
 
 IGNORED = 255
-"""A pixel that nobody labelled."""
+"""The value of an unlabelled pixel in a mask."""
 
 
 def read_mask(data: bytes, where: str) -> NDArray[np.uint8]:
-    """Class indices [height, width]; a palette's indices, not its colours.
+    """The class indices of a mask, uint8, [height, width]; with a palette, its indices and not its colours.
 
     Raises:
-        DataError: it is no picture of one channel of 8 bits without loss.
+        DataError: the mask isn't a losslessly compressed picture with one 8-bit channel.
     """
     try:
         with Image.open(BytesIO(data), formats=("PNG", "BMP", "GIF", "TIFF")) as image:
@@ -55,7 +55,7 @@ def _same_size(parts: Mapping[str, Any], where: str) -> None:
 
 
 def _folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """`images/` and `masks/`, also under train/ and test/."""
+    """The rows of the folders `images/` and `masks/`, also under train/ and test/; None without them."""
     if _has_both(path):
         return {"train": _paired(path, path, diagnostics)}
     splits = [split for split in SPLITS if _has_both(path / split)]
@@ -103,7 +103,7 @@ def _by_stem(folder: Path, root: Path, diagnostics: Diagnostics) -> dict[str, Pa
 
 
 def _one_class_alone(dataset: Dataset) -> str | None:
-    """Masks of one class, which teach nothing: most often white on black, where 255 means the object."""
+    """A remark if all masks have a single class; often they are white on black, and 255 means the object."""
     classes: set[int] = set()
     for cell in dataset.cells("mask"):
         classes.update(np.unique(read_mask(file_bytes(cell, "mask"), "mask")).tolist())
@@ -131,7 +131,7 @@ MASKS = Schema(
 
 
 def highest_class(cell: Mapping[str, Any]) -> int:
-    """The highest class index of a mask; -1 where every pixel is ignored."""
+    """The highest class index in a mask; -1 if every pixel is ignored."""
     mask = read_mask(file_bytes(cell, "mask"), "mask")
     known = mask[mask != IGNORED]
     return int(known.max()) if known.size else -1

@@ -1,4 +1,4 @@
-"""How well regions of pixels agree, from counts of (true class, said class) that add up over clients."""
+"""Mean IoU and Dice, from confusion matrices of pixels that add up over clients."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torchmetrics import Metric
 
 
 class _OfConfusion(Metric):
-    """The mean of a number for every class; a class that is neither there nor said isn't averaged over.
+    """The mean over classes of a score from the confusion matrix of pixels, [true class, predicted class].
 
-    Without any class it is undefined (NaN).
+    Classes that are neither true nor predicted anywhere are left out; undefined (NaN) if all are.
     """
 
     is_differentiable = False
@@ -23,7 +23,7 @@ class _OfConfusion(Metric):
         self.add_state("confusion", torch.zeros(classes, classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Said and true classes of pixels, of one shape; none at all count as nothing."""
+        """Count pixels by their predicted and true classes; both tensors have the same shape."""
         place = targets.flatten() * self.classes + predictions.flatten()
         counted = torch.bincount(place, minlength=self.classes**2)
         self.confusion += counted.reshape(self.classes, self.classes).to(self.confusion.device)
@@ -35,19 +35,23 @@ class _OfConfusion(Metric):
         return self.each(both[present], either[present]).mean()
 
     def each(self, both: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """Of every class: `both` is how many pixels are rightly said, `sizes` how many are there or said."""
+        """Each class's score, [classes].
+
+        `both` has the number of pixels whose class is predicted rightly, `sizes` the number of true plus
+        the number of predicted pixels.
+        """
         raise NotImplementedError
 
 
 class MeanIoU(_OfConfusion):
-    """Intersection over union, the mean over classes."""
+    """Mean over classes of the intersection over union."""
 
     def each(self, both: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         return both / (sizes - both)
 
 
 class Dice(_OfConfusion):
-    """Twice the intersection over the sum of sizes (F1 of pixels), the mean over classes."""
+    """Mean over classes of the Dice score: twice the intersection over the sum of sizes, the F1 of pixels."""
 
     def each(self, both: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         return 2 * both / sizes

@@ -1,4 +1,4 @@
-"""SegFormer (Xie et al. 2021): a transformer that looks at four scales, and a head on all of them."""
+"""SegFormer (Xie et al. 2021): a transformer with features at four scales, and a head on all of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _KIND = "segformer"
 
 
 def load_segformer(backbone: Backbone, classes: int, seed: int) -> tuple[Any, list[float], list[float]]:
-    """The network in eval mode, with a last layer for these classes, and its pictures' means and deviations.
+    """(the network in eval mode, the means by channel, the standard deviations by channel) for its inputs.
 
-    The head is `decode_head`; that of a checkpoint for as many classes stays as it is, and an encoder
-    without one gets a fresh one.
+    The head, `decode_head`, has a last layer for `classes` classes: the checkpoint's own if it has that many,
+    else a new one. An encoder without a head gets a new head.
 
     Raises:
-        WeightsError: it is another network, or its weights don't fit.
+        WeightsError: the network is no SegFormer, or its weights don't fit.
     """
     config = config_of(backbone)
     if config.model_type != _KIND:

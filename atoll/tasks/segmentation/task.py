@@ -54,16 +54,16 @@ CLASSES = "task.options.classes"
 
 
 class SegmentationOptions(Section):
-    """`task.options` of segmentation: what the pixels' values 0, 1, … stand for."""
+    """`task.options` of segmentation: the classes for which the pixel values 0, 1, … stand."""
 
     classes: tuple[str, ...] | None = None
 
 
 class Segmenter(Model):
-    """A network of torchvision's or a SegFormer; the head is its classifier of pixels."""
+    """A torchvision segmentation network or a SegFormer; the head is its pixel classifier."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Scores of every class at every pixel, [batch, classes, s, s]; SegFormer's are at every fourth."""
+        """Logits of every class at every pixel, [batch, classes, s, s]; SegFormer's are upsampled by 4."""
         pixels = batch["pixel_values"]
         logits = self.backbone.model(pixels)
         if "out" in logits:
@@ -78,7 +78,7 @@ class Segmenter(Model):
 
 @dataclass(frozen=True)
 class Segmentation(SchemaTask):
-    """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
+    """Semantic segmentation; targets are masks [n, s, s], resized to the network's input by nearest pixel."""
 
     info_fields = (
         InfoField("classes", "example", CLASSES, "the list of classes", "names", IGNORED),
@@ -116,7 +116,7 @@ class Segmentation(SchemaTask):
         return MASKS.adopted(without_other_parts(splits, ("image", "mask")))
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The classes: those the job names, or as many as the masks have.
+        """The job's `task.options.classes`, or the highest class index in the masks.
 
         Raises:
             DataError: a mask has a class that the job doesn't name.
@@ -133,14 +133,14 @@ class Segmentation(SchemaTask):
         return {"classes": list(named)}
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
-        """The pictures whose masks have the job's classes alone."""
+        """The numbers of the rows whose masks have only classes that the job names."""
         named = options_of(options, SegmentationOptions).classes
         if named is None:
             return range(len(dataset))
         return [row for row, cell in enumerate(dataset.cells("mask")) if highest_class(cell) < len(named)]
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """Named classes as they are, else numbers up to the highest that anybody has.
+        """The job's classes; else the numbers from 0 to the highest class index of any client, as names.
 
         Raises:
             ConfigError: there are fewer than two classes.
@@ -176,10 +176,10 @@ class Segmentation(SchemaTask):
         return read_image_input(text, self.depth)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
-        """The network in eval mode, with a last layer for these classes, and no auxiliary one.
+        """The network in eval mode, with a last layer for these classes and without an auxiliary one.
 
         Raises:
-            WeightsError: the backbone is of another kind, or its weights don't fit.
+            WeightsError: the backbone is no segmentation network, or its weights don't fit.
         """
         size = size_of(job, backbone)
         if backbone.kind == "hf":
@@ -199,13 +199,13 @@ class Segmentation(SchemaTask):
         return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head, loaded)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy: the mean over an example's labelled pixels, then over examples."""
+        """Cross-entropy: the mean over each example's labelled pixels, then over examples."""
         each = nn.functional.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="none")
         labelled = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
         return (each.flatten(1).sum(1) / labelled).mean()
 
     def num_with_target(self, targets: torch.Tensor) -> int:
-        """How many of the masks have a labelled pixel."""
+        """The number of masks with at least one labelled pixel."""
         return int((targets != IGNORED).flatten(1).any(1).sum())
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
@@ -217,12 +217,12 @@ class Segmentation(SchemaTask):
         return MetricCollection({"mean_iou": MeanIoU(count), "dice": Dice(count)}, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """Classes said and true of every labelled pixel."""
+        """(predicted classes, true classes) of all labelled pixels, each [pixels]."""
         labelled = targets != IGNORED
         return predictions.cpu()[labelled], targets[labelled]
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The classes that are there, the largest first, and the share of pixels of each."""
+        """The predicted classes, the largest area first, and each one's share of the pixels."""
         rows = []
         for mask in predictions:
             counts = torch.bincount(mask.flatten().cpu(), minlength=len(data_info["classes"]))
@@ -237,10 +237,10 @@ class Segmentation(SchemaTask):
     def answers(
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
-        """At every pixel of the picture as it was given: `mask`, a class, and `scores`, its probability.
+        """For every pixel of the original picture: `mask`, the class, and `scores`, its probability.
 
-        Both are [height, width], of uint8 and float32; `colours` are those of the mask's file. The scores
-        are resized before the highest is taken, so that edges aren't those of the network's square.
+        Both are [height, width], of uint8 and float32; `colours` are those of the mask's file. Logits are
+        resized before the highest is taken, so that edges are smooth at the picture's own resolution.
         """
         answers = []
         for scores, data in zip(model(batch).float().cpu(), inputs, strict=True):
@@ -256,7 +256,7 @@ class Segmentation(SchemaTask):
     def files(
         self, answer: Mapping[str, Any], source: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
-        """The mask as a PNG of class indices with a palette, and it over the picture."""
+        """The mask as a PNG of class indices with a palette, and with `overlay` the picture with the mask."""
         files = {"mask.png": mask_png(answer["mask"])}
         if overlay:
             picture = decode_image(source, "image", verify=False)
@@ -269,7 +269,7 @@ def _image(cell: Mapping[str, Any]) -> bytes:
 
 
 def _made(backbone: Backbone, job: Job, classes: int) -> nn.Module:
-    """The network with first values."""
+    """The network with random weights."""
     if (backbone.kind, backbone.name) == ("atoll", SEGMENTER):
         options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
         return small_segmenter(options, classes)

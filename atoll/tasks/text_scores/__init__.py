@@ -1,1 +1,1 @@
-"""Texts with several labels at once, and texts with a number: heads on features of a text encoder."""
+"""Multi-label classification of texts and regression on texts: heads on features of a text encoder."""

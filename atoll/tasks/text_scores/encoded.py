@@ -1,4 +1,4 @@
-"""What tasks share whose head sees a text's features: how a text is read, encoded and asked about."""
+"""The base class of tasks with a head on a text's features: reading, encoding and prediction inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT = SchemaField(
 
 
 class TextFeatures(SchemaTask):
-    """A head on the features of any text encoder."""
+    """A task with a head on the features of a text encoder."""
 
     name: str
 
@@ -47,7 +47,7 @@ class TextFeatures(SchemaTask):
         check_backbone_options(job)
 
     def targets(self, dataset: Dataset, order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
-        """What is to be learnt of each row, in that order, [n, outputs]."""
+        """The targets of the rows in the given order, [n, outputs]."""
         raise NotImplementedError
 
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
@@ -60,10 +60,10 @@ class TextFeatures(SchemaTask):
         return (".txt",)
 
     def parse_input(self, text: str) -> Any:
-        """A text file's text, or the text itself.
+        """The content of a text file, or `text` itself.
 
         Raises:
-            DataError: it can't be read, or is empty.
+            DataError: the file can't be read, or the text is empty.
         """
         return read_text_input(text)
 
@@ -72,5 +72,5 @@ class TextFeatures(SchemaTask):
 
 
 def texts_of(dataset: Any) -> LazyColumn:
-    """The texts of a data set's rows, looked up when they are needed."""
+    """The texts of a data set's rows, read lazily."""
     return LazyColumn(dataset, "text", str)

@@ -1,4 +1,4 @@
-"""Several labels at once for a text: a linear head, a sigmoid for each label.
+"""Multi-label classification of texts: a linear head with a sigmoid for each label.
 
 Loss: binary cross-entropy, the mean over labels, then over texts.
 """
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 def labels_cell(cell: Any, where: str) -> list[str]:
-    """Different names in order: a list, also one written as JSON; it may be empty.
+    """The labels in a cell, sorted and without duplicates; the cell is a list or JSON text of one, or empty.
 
     >>> labels_cell('["price", "food", "price"]', ""), labels_cell([], "")
     (['food', 'price'], [])
 
     Raises:
-        DataError: it is something else.
+        DataError: the cell is no list of names.
     """
     if isinstance(cell, str):
         try:
@@ -60,7 +60,7 @@ LABELLED = Schema(
 
 @dataclass(frozen=True)
 class TextLabels(TextFeatures):
-    """Targets are [n, labels]: 1 where a text has the label, else 0."""
+    """Multi-label classification; targets are [n, labels], 1 where a text has the label, else 0."""
 
     info_fields = class_fields("labels", "labels")
 
@@ -77,23 +77,23 @@ class TextLabels(TextFeatures):
         return LABELLED
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The labels, in order: those the job names, or else those of the data, sorted.
+        """The labels: those of `data.classes` in its order, else those of the data, sorted.
 
         Raises:
-            DataError: the data has a label that the job doesn't name.
+            DataError: the data has a label that isn't in `data.classes`.
         """
         return named({label for labels in dataset["labels"] for label in labels}, data, "labels", "label")
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
-        """The texts whose every label is one of the job's."""
+        """The numbers of the rows whose labels are all in `data.classes`; all rows if that isn't set."""
         known, labels = set(pinned_names(data)), dataset["labels"][:]
         return [row for row in range(len(dataset)) if data.classes is None or known.issuperset(labels[row])]
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """Pinned labels as they are, else the sorted union.
+        """The labels of `data.classes`, else the sorted union of the clients' labels.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no label.
         """
         labels = agreed(data_info, "labels")
         if not labels:
@@ -130,11 +130,11 @@ class TextLabels(TextFeatures):
         return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """The probability of each label, and whether it is there."""
+        """(each label's probability, whether the text has it), both [n, labels]."""
         return torch.sigmoid(predictions), targets.to(torch.int64)
 
     def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The labels that are likelier than not, and all probabilities."""
+        """The labels with a probability above 0.5, and all probabilities."""
         rows: list[dict[str, Any]] = []
         for row in torch.sigmoid(predictions).tolist():
             chances = {name: round(p, 4) for name, p in zip(data_info["labels"], row, strict=True)}

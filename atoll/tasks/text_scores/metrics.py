@@ -1,4 +1,4 @@
-"""Scores of several labels a text and of numbers, whose states add up over clients."""
+"""Metrics of multi-label classification and regression, with states that add up over clients."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from atoll.tasks.mean_metric import Mean
 
 BINS = 100
 REACH = 5.0
-"""How many deviations from the mean numbers are told apart, for their ranks."""
+"""Numbers are binned up to this many standard deviations from the mean, to compute their ranks."""
 
 
 class SubsetAccuracy(Mean):
-    """The share of texts of which every label is right."""
+    """The share of texts for which all labels are predicted rightly."""
 
     higher_is_better = True
 
     def update(self, probabilities: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count texts: both [n, labels]; a label is said where its probability is above a half."""
+        """Count texts; both are [n, labels], and a label with a probability above 0.5 is predicted."""
         self.score += ((probabilities > 0.5) == (targets > 0)).all(dim=1).sum()
         self.total += len(targets)
 
 
 class MacroF1(Metric):
-    """The mean F1 of those labels that are there or were said; undefined (NaN) where none is."""
+    """The mean F1 over the labels that are true or predicted somewhere; undefined (NaN) if none is."""
 
     is_differentiable = False
     higher_is_better = True
@@ -39,7 +39,7 @@ class MacroF1(Metric):
             self.add_state(name, torch.zeros(labels, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, probabilities: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count what is said and what is there: both [n, labels]."""
+        """Count predicted and true labels; both are [n, labels]."""
         predicted, there = probabilities > 0.5, targets > 0
         self.matched += (predicted & there).sum(0)
         self.counted += predicted.sum(0) + there.sum(0)
@@ -50,9 +50,9 @@ class MacroF1(Metric):
 
 
 class BinnedMap(MultilabelAveragePrecision):
-    """The mean over labels of their average precision, from counts at 201 evenly spaced thresholds.
+    """Mean average precision over labels, from counts at 201 evenly spaced thresholds.
 
-    torchmetrics' own; labels that no text has count not, and without any it is undefined (NaN).
+    torchmetrics' metric without the labels that no text has; undefined (NaN) if no text has any.
     """
 
     def __init__(self, labels: int) -> None:
@@ -65,7 +65,7 @@ class BinnedMap(MultilabelAveragePrecision):
 
 
 class ScaledError(Mean):
-    """The mean absolute error of standardised numbers, in the units that they had."""
+    """The mean absolute error of standardised numbers, converted to their original unit."""
 
     higher_is_better = False
 
@@ -74,13 +74,13 @@ class ScaledError(Mean):
         self.deviation = deviation
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count numbers, [n]."""
+        """Count standardised numbers, both [n]."""
         self.score += (predictions - targets).abs().sum() * self.deviation
         self.total += len(targets)
 
 
 class Pearson(Metric):
-    """Pearson's correlation; undefined (NaN) where either side is all the same."""
+    """Pearson's correlation; undefined (NaN) if either side is constant."""
 
     is_differentiable = False
     higher_is_better = True
@@ -92,7 +92,7 @@ class Pearson(Metric):
         self.add_state("sums", torch.zeros(3, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add up numbers and their products, [n]."""
+        """Add up numbers and their products; both are [n]."""
         rows = torch.stack([torch.ones_like(predictions), predictions, targets])
         self.sums += (rows @ rows.T).to(self.sums)
 
@@ -101,10 +101,10 @@ class Pearson(Metric):
 
 
 class BinnedSpearman(Metric):
-    """Spearman's correlation of numbers rounded to a tenth of a deviation, up to 5 from the mean.
+    """Spearman's correlation of numbers rounded to 0.1 standard deviations and clipped at 5 from the mean.
 
-    Ranks are no sums over clients; counts of rounded pairs are. Ties have the mean of their ranks. Undefined
-    (NaN) where either side is all the same.
+    Ranks don't add up over clients, but counts of rounded pairs do. Ties get the mean of their ranks.
+    Undefined (NaN) if either side is constant.
     """
 
     is_differentiable = False
@@ -117,7 +117,7 @@ class BinnedSpearman(Metric):
         self.add_state("counts", torch.zeros(BINS, BINS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count pairs of standardised numbers, [n]."""
+        """Count pairs of standardised numbers; both are [n]."""
         predicted, true = (_bin(values) for values in (predictions, targets))
         counts = torch.bincount(predicted * BINS + true, minlength=BINS * BINS)
         self.counts += counts.reshape(BINS, BINS).to(self.counts)
@@ -140,12 +140,12 @@ def _bin(values: torch.Tensor) -> torch.Tensor:
 
 
 def _ranks(counts: torch.Tensor) -> torch.Tensor:
-    """The mean rank of the values in each bin."""
+    """The mean rank of the values in each bin, from the number of values in each."""
     return counts.cumsum(0) - (counts - 1) / 2
 
 
 def correlation(sums: torch.Tensor) -> torch.Tensor:
-    """Pearson's correlation of two rows of numbers, from the sums of products of (1, one, other), [3, 3]."""
+    """Pearson's correlation of x and y, from the sums of the outer products of (1, x, y), [3, 3]."""
     number = sums[0, 0]
     spread = sums[1:, 1:] * number - torch.outer(sums[0, 1:], sums[0, 1:])
     variances = spread.diagonal()

@@ -1,6 +1,6 @@
-"""A number for a text: a linear head on its features, learnt on standardised numbers.
+"""Regression on texts: a linear head that predicts a standardised number from a text's features.
 
-Loss: the mean squared error in units of the numbers' deviation, after their mean is taken away.
+Loss: the mean squared error of numbers from which the mean is subtracted, divided by their deviation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NUMBERED = Schema(
 
 
 class NumberOptions(Section):
-    """`task.options` of text regression: the scale of the numbers; else it is that of the data."""
+    """`task.options` of text regression: the mean and deviation to standardise by; by default the data's."""
 
     mean: Annotated[float, Field(allow_inf_nan=False)] | None = None
     deviation: Positive | None = None
@@ -44,7 +44,7 @@ class NumberOptions(Section):
 
 @dataclass(frozen=True)
 class TextRegression(TextFeatures):
-    """Targets are [n, 1], standardised by the mean and deviation that all clients agree on."""
+    """Regression; targets are [n, 1], standardised by the mean and deviation that all clients agree on."""
 
     info_fields = (
         InfoField("moments", "example", "task.options.mean", "the mean and deviation of the numbers"),
@@ -73,17 +73,17 @@ class TextRegression(TextFeatures):
         return NUMBERED
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """How many numbers there are, their sum and that of their squares, unless the job gives the scale."""
+        """The count, sum and sum of squares of the numbers; nothing of them if the job gives the scale."""
         if options_of(options, NumberOptions).mean is not None:
             return {"given": True}
         numbers = dataset["number"][:]
         return {"moments": [len(numbers), sum(numbers), sum(number * number for number in numbers)]}
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """The mean and the deviation of all numbers; nothing where the job gives them.
+        """The mean and standard deviation of all clients' numbers; empty if the job gives them.
 
         Raises:
-            ConfigError: the numbers are all the same.
+            ConfigError: the numbers are all the same, or not finite.
         """
         if any(info.get("given") for info in data_info):
             return {}
@@ -97,7 +97,7 @@ class TextRegression(TextFeatures):
         return {"mean": mean, "deviation": sqrt(variance)}
 
     def scale(self, data_info: DataInfo) -> tuple[float, float]:
-        """The mean and the deviation: the job's, or those of the training data."""
+        """(mean, standard deviation): the job's, or those of the training data."""
         if self.options.mean is not None and self.options.deviation is not None:
             return self.options.mean, self.options.deviation
         return float(data_info["mean"]), float(data_info["deviation"])
@@ -124,11 +124,11 @@ class TextRegression(TextFeatures):
         return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """Standardised numbers, [n]."""
+        """Predicted and true standardised numbers, float64, both [n]."""
         return predictions[:, 0].to(torch.float64), targets[:, 0].to(torch.float64)
 
     def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The number, on the scale of the data."""
+        """The predicted number, on the scale of the data."""
         mean, deviation = self.scale(data_info)
         numbers = [mean + deviation * value for value in predictions[:, 0].tolist()]
         return [{"label": f"{number:.4g}", "number": number} for number in numbers]
