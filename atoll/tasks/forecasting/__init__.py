@@ -1,1 +1,1 @@
-"""Forecasting of series."""
+"""Time series forecasting."""

@@ -1,9 +1,9 @@
-"""Dated series as windows: a stretch of history, and the values that came after it.
+"""Cutting dated series into windows: a history of values, and the values that follow it.
 
-Rows of a series are taken in the order of their dates, one step after the other (business days are steps
-too). What is known of the days to come (a calendar, a weather forecast) stands beside the horizon as well
-as the history; what is only observed (traffic) beside the history alone. The last part of the time is
-held out: no window to train on reaches into it, so a test never looks at what was trained on.
+Rows of a series are sorted by date and count as consecutive steps (also business days). Covariates that are
+known for future dates (a calendar, a weather forecast) are given for history and horizon; those that are only
+observed (traffic) for the history alone. The last part of the time is held out: no training window reaches
+into it, and test windows forecast only steps in it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ Values = NDArray[np.float64]
 
 
 class ForecastOptions(Section):
-    """`task.options` of forecasting: how long a window is, what stands beside it, what is asked."""
+    """`task.options` of forecasting: the lengths of windows, their covariates and the quantiles to predict.
+
+    `history`, `horizon`, `season` and `stride`, the distance of two windows' starts, are in steps. `observed`
+    and `known` are names of columns.
+    """
 
     history: Annotated[int, Field(ge=2, le=10_000)] = 28
     horizon: Annotated[int, Field(ge=1, le=10_000)] = 7
@@ -42,7 +46,7 @@ class ForecastOptions(Section):
 
 
 def dated(options: ForecastOptions, time_format: str | None = None) -> Schema:
-    """A row for each day (or other step) of each series; to be used for one reading."""
+    """The schema of a table with one row per step of each series; use a new one for each reading."""
     return Schema(
         (
             SchemaField(
@@ -76,13 +80,16 @@ WINDOWS = Schema(
     ),
     count_by="series",
 )
-"""A row for each window: dates of its first and last step to forecast; beside it, step by step, what is
-observed over the history and what is known over history and horizon."""
+"""The schema of a table with one row per window.
+
+`first` and `last` are the dates of the first and last step to forecast. `observed` and `known` hold the
+covariates step by step, over the history, and over history and horizon.
+"""
 
 
 @dataclass(frozen=True)
 class _Series:
-    """One series in the order of its dates; columns beside the values are [steps, columns]."""
+    """One series sorted by date: values [steps], covariates `observed` and `known` [steps, columns]."""
 
     name: str
     dates: list[str]
@@ -99,12 +106,13 @@ def windows_of(
     origin: str,
     diagnostics: Diagnostics,
 ) -> dict[str, pa.Table]:
-    """Dated rows as windows to train on, and, if a part of the time is held out, to test on.
+    """Tables of training windows ("train") and, if `test_fraction` is above 0, test windows ("test").
 
-    Steps that are missing in a series are remarked, and those that are in no window are counted.
+    `test_fraction` is the part of the dates that is held out at the end. Missing steps of a series are
+    reported to `diagnostics`, and steps that are in no window are counted there.
 
     Raises:
-        DataError: two rows of a series have one date, or no series is long enough for a window.
+        DataError: two rows of a series have the same date, or no series is long enough for a window.
     """
     series = _apart(table, options, origin)
     _remark_gaps(series, diagnostics)
@@ -138,7 +146,7 @@ def windows_of(
 
 
 def _count_steps(used: NDArray[np.bool_], options: ForecastOptions, diagnostics: Diagnostics) -> None:
-    """Count the steps of one series that are in a window, and those that aren't."""
+    """Count in `diagnostics` the steps of one series that are in a window, and those that aren't."""
     diagnostics.use_rows(int(used.sum()))
     need = options.history + options.horizon
     why = f"of series with fewer than {need} steps" if len(used) < need else "in no window"
@@ -189,7 +197,7 @@ def _columns(table: pa.Table, names: tuple[str, ...]) -> Values:
 
 
 def _windows(one: _Series, options: ForecastOptions) -> list[tuple[int, dict[str, Any]]]:
-    """(place of the first step, window) of each window of a series."""
+    """(index of the first step, window as a row) for each window of a series."""
     length, horizon = options.history, options.horizon
     starts = range(0, len(one.dates) - length - horizon + 1, options.stride)
     return [(start, _window(one, start, length, horizon)) for start in starts]
@@ -215,13 +223,14 @@ def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
 def last_windows(
     path: Path, options: ForecastOptions, time_format: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The end of each of a file's series, as a window whose future nobody knows: rows without a value.
+    """The last window of each series in a file, by the series' name, to forecast the steps after it.
 
-    A series without a name is called "". Windows also hold the `dates` of the history and the `ahead` of
-    the horizon, which the file has or which follow, where the history's are evenly spaced.
+    A file without names has one series, called "". Windows also hold `dates`, those of the history, and
+    `ahead`, those of the horizon: from the file, or computed if the history's are evenly spaced. Future rows
+    have no value, only known covariates.
 
     Raises:
-        DataError: there are too few rows of a series before or after its last value.
+        DataError: a series has too few rows with a value, or too few rows after its last value.
     """
     roles = [
         SchemaField(r.name, _number_or_none, r.kind, r.usual) if r.name == "value" else r

@@ -1,8 +1,8 @@
-"""Errors of forecasts, as sums over steps that add up over clients.
+"""Metrics of forecasts, with states that add up over clients.
 
-All take `update(predictions, targets)`: predictions [n, horizon, quantiles], of which the middle one is
-the point forecast (the median, where quantiles lie evenly around it), and targets [n, horizon + 2], which
-are the true values, then the last known value before them, then the scale of the series.
+All have `update(predictions, targets)`: predictions are [n, horizon, quantiles], of which the middle one is
+the point forecast (the median, if quantiles are symmetric around it). Targets are [n, horizon + 2]: the true
+values, then the last value before them, then the scale of the series.
 
 A series' scale is the mean absolute error of the naive forecast on its training part (Hyndman and
 Koehler 2006, "Another look at measures of forecast accuracy").
@@ -18,12 +18,16 @@ from atoll.tasks.mean_metric import Mean
 
 
 class _MeanOverSteps(Mean):
-    """The mean of what each step of each forecast scores."""
+    """The mean over the steps of all forecasts of a score for each step."""
 
     higher_is_better = False
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count every step of forecasts [n, horizon, quantiles] with targets [n, horizon + 2]."""
+        """Add the scores of forecasts [n, horizon, quantiles] with targets [n, horizon + 2].
+
+        Raises:
+            ValueError: the shapes don't fit.
+        """
         if predictions.ndim != 3 or targets.shape != (len(predictions), predictions.shape[1] + 2):
             shapes = f"{list(predictions.shape)} and {list(targets.shape)}"
             raise ValueError(f"expected [n, horizon, quantiles] and [n, horizon + 2], found {shapes}")
@@ -36,7 +40,7 @@ class _MeanOverSteps(Mean):
     def _scores(
         self, predictions: torch.Tensor, values: torch.Tensor, last: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
-        """Scores of all steps that count."""
+        """The scores of all steps that count, of any shape."""
         raise NotImplementedError
 
 
@@ -46,7 +50,7 @@ def point_forecast(predictions: torch.Tensor) -> torch.Tensor:
 
 
 class MeanAbsoluteError(_MeanOverSteps):
-    """How far the point forecast is off."""
+    """The mean absolute error of the point forecast (MAE)."""
 
     def _scores(
         self, predictions: torch.Tensor, values: torch.Tensor, last: torch.Tensor, scale: torch.Tensor
@@ -55,7 +59,7 @@ class MeanAbsoluteError(_MeanOverSteps):
 
 
 class RootMeanSquaredError(_MeanOverSteps):
-    """The root of the mean squared error of the point forecast, over all steps of all clients."""
+    """The root of the mean squared error of the point forecast (RMSE), over all steps of all clients."""
 
     def compute(self) -> torch.Tensor:
         return super().compute().sqrt()
@@ -67,7 +71,7 @@ class RootMeanSquaredError(_MeanOverSteps):
 
 
 class MeanAbsoluteScaledError(_MeanOverSteps):
-    """The absolute error in units of each series' scale; forecasts with a scale of 0 don't count."""
+    """The mean absolute error over each series' scale (MASE); series with a scale of 0 are left out."""
 
     def _scores(
         self, predictions: torch.Tensor, values: torch.Tensor, last: torch.Tensor, scale: torch.Tensor
@@ -77,7 +81,7 @@ class MeanAbsoluteScaledError(_MeanOverSteps):
 
 
 class PinballLoss(_MeanOverSteps):
-    """The mean over quantiles too: q * (value - forecast) where the value is above, else (q - 1) times it."""
+    """The mean over steps and quantiles q of max(q d, (q - 1) d), where d = value - forecast."""
 
     def __init__(self, quantiles: Sequence[float]) -> None:
         super().__init__()
@@ -94,9 +98,9 @@ class PinballLoss(_MeanOverSteps):
 
 
 class DirectionAccuracy(_MeanOverSteps):
-    """The share of steps at which point forecast and value lie on the same side of the last known value.
+    """The share of steps at which forecast and value are on the same side of the last known value.
 
-    A step whose value equals the last known one went nowhere, and doesn't count.
+    Steps whose value equals the last known one are left out.
     """
 
     higher_is_better = True

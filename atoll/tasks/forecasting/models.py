@@ -1,8 +1,7 @@
-"""Networks that forecast: LSTM and GRU over the steps, or one of transformers' own on patches of them.
+"""Forecasting networks: LSTM and GRU, or transformers' PatchTST and PatchTSMixer.
 
-A window is seen in units of its own history: minus its mean, over its deviation (Kim et al. 2022,
-"Reversible Instance Normalization"), so nothing is fitted on anybody's data, and a client's level and
-scale tell the others nothing.
+Each window is standardised by the mean and standard deviation of its own history (Kim et al. 2022,
+"Reversible Instance Normalization"), so no statistics of the clients' data are shared.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class RecurrentOptions(RecurrentLayers):
 
 
 class WindowEncoder(Encoder):
-    """Windows to features [batch, width], in units of their history."""
+    """Encodes windows, standardised by their history, as features for the head."""
 
     def __init__(self, model: nn.Module, width: int, options: ForecastOptions) -> None:
         super().__init__()
@@ -57,9 +56,9 @@ class WindowEncoder(Encoder):
         return {name: torch.stack([one[name] for one in ready]).float() for name in ready[0]}
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[batch, width], and behind it the values themselves and what is known of the horizon.
+        """[batch, width + history + horizon * known]: features, past values, and known future covariates.
 
-        The head can thus repeat the last value, or the last season, from the first round on.
+        With the past values the head can repeat the last value, or the last season, from the first round on.
         """
         mean, scale = units(batch["history"])
         value = ((batch["history"] - mean) / scale).unsqueeze(2)
@@ -68,7 +67,7 @@ class WindowEncoder(Encoder):
         return torch.cat([self._summary(inputs), value[:, :, 0], known[:, steps:].flatten(1)], dim=1)
 
     def _summary(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Steps [batch, steps, columns] as features [batch, width]."""
+        """The network's features, [batch, width], of inputs [batch, steps, columns]."""
         if not hasattr(self.model, "config"):
             states: torch.Tensor = self.model(inputs)[0]
             return states[:, -1]
@@ -77,14 +76,14 @@ class WindowEncoder(Encoder):
 
 
 def units(history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, deviation) of each history [batch, steps], both [batch, 1]; a constant one has deviation 1."""
+    """(mean, deviation) of each history [batch, steps], both [batch, 1]; the deviation of constants is 1."""
     mean = history.mean(dim=1, keepdim=True)
     deviation = (history - mean).square().mean(dim=1, keepdim=True).sqrt()
     return mean, torch.where(deviation > 1e-6 * mean.abs() + 1e-12, deviation, torch.ones_like(deviation))
 
 
 def in_units(columns: torch.Tensor) -> torch.Tensor:
-    """Each column [batch, steps, columns] in units of its own steps."""
+    """Each column of [batch, steps, columns] standardised over its own steps."""
     if not columns.shape[2]:
         return columns
     batch, steps, count = columns.shape
@@ -94,26 +93,26 @@ def in_units(columns: torch.Tensor) -> torch.Tensor:
 
 
 class Forecaster(Model):
-    """Quantiles of the steps to come, in the series' own units."""
+    """Predicts quantiles of future values, in the series' own units."""
 
     def __init__(self, backbone: WindowEncoder, head: nn.Module, horizon: int) -> None:
         super().__init__(backbone, head)
         self._horizon = horizon
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[batch, horizon, quantiles]."""
+        """The predicted quantiles, [batch, horizon, quantiles]."""
         mean, scale = units(batch["history"])
         outputs: torch.Tensor = self.head(self.backbone(batch))
         outputs = outputs.reshape(len(mean), self._horizon, -1)
         return outputs * scale.unsqueeze(2) + mean.unsqueeze(2)
 
     def predict(self, batch: Batch) -> torch.Tensor:
-        """As `forward`, each step's quantiles in order."""
+        """As `forward`, with each step's quantiles sorted."""
         return self.forward(batch).sort(dim=2).values
 
 
 def load_forecaster(backbone: Backbone, job: Job, options: ForecastOptions) -> Forecaster:
-    """Build the network with its resolved weights, and a fresh head.
+    """The network with its resolved weights and a new head.
 
     Raises:
         WeightsError: the backbone doesn't read series, or its weights don't fit.
@@ -127,7 +126,7 @@ def load_forecaster(backbone: Backbone, job: Job, options: ForecastOptions) -> F
 
 
 def _by_steps(name: str) -> Any:
-    """The same network, computed step by step, so that each example has a gradient of its own (Opacus)."""
+    """Opacus's version of the recurrent network, for which per-example gradients can be computed."""
     from opacus.layers import DPGRU, DPLSTM
 
     return {"lstm": DPLSTM, "gru": DPGRU}[name]

@@ -1,7 +1,7 @@
-"""Forecasting of series: quantiles of the steps to come, beside the naive forecasts.
+"""Time series forecasting: predicts quantiles of future values, and compares them with naive forecasts.
 
-Loss: the pinball loss (Koenker and Bassett 1978) in units of the series' own season-to-season change,
-so that clients whose numbers are large don't rule the others.
+Loss: the pinball loss (Koenker and Bassett 1978), divided by the series' mean change from season to season,
+so that clients with large values don't dominate.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Forecasting(Task):
-    """Targets are [n, horizon + 2]: the values, the last one before them, and the series' scale."""
+    """Forecasting; targets are [n, horizon + 2]: the values, the last one before them, the series' scale."""
 
     info_fields = ()
 
@@ -95,7 +95,7 @@ class Forecasting(Task):
     def _gathered(
         self, source: Path, data: DataSection, table: Options, diagnostics: Diagnostics
     ) -> dict[str, pa.Table]:
-        """Windows, as they are there or cut out of dated rows."""
+        """The tables of windows at a path: as they are stored there, or cut from dated rows."""
         options = options_of(table, ForecastOptions)
         if WINDOWS.has(source, "history", "future"):
             return WINDOWS.gather(source, data, diagnostics)
@@ -147,9 +147,10 @@ class Forecasting(Task):
     def split(
         self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Whole series: a hash of a series' name says on which side all of its windows are.
+        """(training rows, validation rows): a hash of a series' name decides for all its windows.
 
-        A client that is `helped`, and has all series on one side, measures on the last part of the time.
+        With `helped`, a client whose series are all on one side is split by time instead, and validates on
+        the last part.
         """
         names = [_span_and_series(group)[2].encode() for group in shard.groups]
         is_validation = by_fraction(validation_marks(names, seed), fraction, helped=fraction >= 1)
@@ -161,10 +162,10 @@ class Forecasting(Task):
         return SUFFIXES
 
     def parse_input(self, text: str) -> Any:
-        """A file of dated rows: its last window, and what is known of the steps to come (rows without value).
+        """The last window of a file of dated rows; rows without a value hold known covariates of the future.
 
         Raises:
-            DataError: it is too short, or unfit, or holds several series.
+            DataError: the file is invalid, or its series too short, or it holds several series.
         """
         windows = self.parse_inputs(text)
         if len(windows) > 1:
@@ -172,7 +173,7 @@ class Forecasting(Task):
         return next(iter(windows.values()))
 
     def parse_inputs(self, text: str) -> dict[str, Any]:
-        """The last window of every series of a file of dated rows, by the series' names."""
+        """The last window of every series in a file of dated rows, by the series' names."""
         windows = last_windows(Path(text), self.options, self.time_format)
         return {"": next(iter(windows.values()))} if len(windows) == 1 else dict(windows)
 
@@ -180,7 +181,7 @@ class Forecasting(Task):
         return load_forecaster(backbone, job, options_of(job.task.options, ForecastOptions))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Pinball loss over the scale, the mean over steps and quantiles."""
+        """The pinball loss divided by each series' scale, the mean over steps and quantiles."""
         levels = torch.tensor(self.options.quantiles, dtype=outputs.dtype, device=outputs.device)
         values, scale = targets[:, :-2].to(outputs.dtype), targets[:, -1].to(outputs.dtype)
         above = (values.unsqueeze(2) - outputs) / scale.view(-1, 1, 1)
@@ -209,7 +210,7 @@ class Forecasting(Task):
         )
 
     def naive_baselines(self, shard: Shard, data_info: DataInfo) -> dict[str, Any]:
-        """The last value once more, and the last season once more."""
+        """Two naive forecasts, as predictions: the last value repeated, and the last season repeated."""
         horizon, season = self.options.horizon, self.options.season
         history = torch.tensor([window["history"] for window in shard.inputs], dtype=torch.float64)
         ahead = torch.arange(horizon)
@@ -219,7 +220,7 @@ class Forecasting(Task):
         return {name: values.unsqueeze(2).expand(-1, -1, count) for name, values in forecasts.items()}
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The middle forecast of every step, and all quantiles."""
+        """The middle quantile of every step as `label`, and all quantiles."""
         middle = len(self.options.quantiles) // 2
         names = [str(level) for level in self.options.quantiles]
         rows = []
@@ -232,25 +233,25 @@ class Forecasting(Task):
     def answers(
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
-        """As `format_predictions`, with the `dates` of the steps, where they are known."""
+        """As `format_predictions`, with the `dates` of the forecast steps, empty if they aren't known."""
         answers = super().answers(model, batch, inputs, data_info)
         return [answer | {"dates": window["ahead"]} for answer, window in zip(answers, inputs, strict=True)]
 
     def files(
         self, answer: Mapping[str, Any], source: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
-        """A table of the forecast, and a plot of it behind the history."""
+        """The forecast as a CSV table, and a plot of history and forecast."""
         return {"forecast.csv": forecast_csv(answer), "forecast.png": forecast_plot(answer, source)}
 
 
 def _span_and_series(group: str) -> tuple[str, str, str]:
-    """(the date of a window's first step to forecast, of its last one, its series)."""
+    """(date of a window's first step to forecast, date of its last one, its series) from its group."""
     first, last, series = group.split("/", 2)
     return first, last, series
 
 
 def _last_part_of_the_time(shard: Shard, fraction: float) -> tuple[list[int], list[int]]:
-    """(windows before a date, windows from then on); what reaches across it is on neither side."""
+    """(windows before a date, windows from that date on); windows that contain the date are in neither."""
     spans = [tuple(map(in_time, _span_and_series(group)[:2])) for group in shard.groups]
     firsts = sorted(first for first, _ in spans)
     wanted = int(fraction) if fraction >= 1 else round(len(spans) * fraction)
@@ -265,7 +266,7 @@ def _last_part_of_the_time(shard: Shard, fraction: float) -> tuple[list[int], li
 
 
 def _target(history: list[float], future: list[float], season: int) -> list[float]:
-    """Values, the last known one, and the mean change from season to season (1 where nothing changes)."""
+    """The future values, the last known value, and the mean change from season to season (1 if that is 0)."""
     changes = [abs(after - before) for before, after in zip(history, history[season:], strict=False)]
     scale = sum(changes) / len(changes) if changes else 0.0
     return [*future, history[-1], scale or 1.0]

@@ -1,4 +1,4 @@
-"""A forecast as files: a table of its quantiles, and a plot of them behind the history."""
+"""Writing forecasts: a CSV table of the quantiles, and a plot of history and forecast."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from io import BytesIO, StringIO
 from typing import Any
 
 HISTORY_SHOWN = 4
-"""Horizons of history that a plot shows before the forecast, at most."""
+"""A plot shows at most this many times the horizon's steps of history."""
 TICKS = 6
 
 
 def forecast_csv(answer: Mapping[str, Any]) -> bytes:
-    """A row a step: its number, its date where it is known, and every quantile."""
+    """A CSV with one row per step: its number from 1, its date if known, and every quantile."""
     quantiles: Mapping[str, list[float]] = answer["quantiles"]
     out = StringIO()
     table = csv.writer(out, lineterminator="\n")
@@ -25,7 +25,7 @@ def forecast_csv(answer: Mapping[str, Any]) -> bytes:
 
 
 def forecast_plot(answer: Mapping[str, Any], window: Mapping[str, Any]) -> bytes:
-    """A PNG: the last of the history, the middle forecast, and the band between the outer quantiles."""
+    """A PNG with the end of the history, the middle quantile, and the band between the outer quantiles."""
     from matplotlib.figure import Figure  # which takes longer to import than a table needs
 
     quantiles = answer["quantiles"]

@@ -1,1 +1,1 @@
-"""Survival: how soon an event comes, of patients of whom some are never seen to have it."""
+"""Survival analysis: predicts how soon an event happens, from data with censored patients."""

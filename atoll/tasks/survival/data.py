@@ -1,7 +1,7 @@
-"""Tables of survival: a time, whether the event was seen then, and numbers that may explain it.
+"""Survival tables: for each patient a time, whether the event was observed then, and numeric features.
 
-A row's features are one cell, a number for each name; what else is in the table stays beside them, such as
-the hospital by which rows are dealt.
+A row's features are stored in one cell, a number by name; other columns stay in the table, such as the
+hospital by which rows are partitioned.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from atoll.job.job import DataSection
 from atoll.job.section import Positive, Section
 
 FEATURE = "feature "
-"""Before a feature's name, where it is read as a column of its own."""
+"""Prefix of a feature's name while it is read as a column of its own."""
 MOST_FEATURES = 100_000
 
 
 class SurvivalOptions(Section):
-    """`task.options` of survival: which columns are features, and what is taken from them before they count.
+    """`task.options` of survival: which columns are features, and how they are standardised.
 
-    Without `features` every column of numbers is one, but time, event and the one that rows are dealt by.
-    With `means` and `deviations`, in the order of `features`, (value - mean) / deviation is learnt from;
-    without them the values as they are.
+    Without `features`, every numeric column is a feature except time, event and the column by which rows are
+    partitioned. With `means` and `deviations`, in the order of `features`, values are replaced by
+    (value - mean) / deviation; without them they stay unchanged.
     """
 
     features: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_FEATURES)] | None = None
@@ -59,17 +59,17 @@ class SurvivalOptions(Section):
 
     @property
     def scale(self) -> dict[str, tuple[float, float]]:
-        """(mean, deviation) by feature; none where the values are learnt from as they are."""
+        """(mean, deviation) by feature; empty if features aren't standardised."""
         if self.features is None or self.means is None or self.deviations is None:
             return {}
         return dict(zip(self.features, zip(self.means, self.deviations, strict=True), strict=True))
 
 
 def time_cell(cell: Any, where: str) -> float:
-    """A time that isn't negative.
+    """The time in a cell, at least 0.
 
     Raises:
-        DataError: it is missing, or something else.
+        DataError: the cell is empty, or no finite number of at least 0.
     """
     value = number_cell(cell, f"{where}: time")
     if value < 0:
@@ -78,13 +78,13 @@ def time_cell(cell: Any, where: str) -> float:
 
 
 def event_cell(cell: Any, where: str) -> bool:
-    """Whether the event was seen: a truth value, 1 or 0, also as text.
+    """Whether the event was observed; the cell holds true or false, 1 or 0, also as text.
 
     >>> event_cell("1.0", "row 1"), event_cell("false", "row 2")
     (True, False)
 
     Raises:
-        DataError: it is missing, or something else.
+        DataError: the cell is empty or holds another value.
     """
     written = str(cell).strip().lower()
     if written in ("true", "false"):
@@ -101,7 +101,7 @@ def event_cell(cell: Any, where: str) -> bool:
 
 
 def feature_cell(name: str) -> Callable[[Any, str], float]:
-    """A reader of one feature: a finite number, or a truth value, which becomes 1 or 0."""
+    """A parser of one feature's cells: finite numbers, and truth values, which become 1 or 0."""
 
     def read(cell: Any, where: str) -> float:
         return float(cell) if isinstance(cell, bool) else number_cell(cell, f"{where}: {name}")
@@ -110,7 +110,7 @@ def feature_cell(name: str) -> Callable[[Any, str], float]:
 
 
 def features_cell(names: Sequence[str]) -> Callable[[Any, str], dict[str, float]]:
-    """A reader of all features together: {name: number}, of which none is missing."""
+    """A parser of cells with all features, {name: number}, none of which may be missing."""
     readers = {name: feature_cell(name) for name in names}
 
     def read(cell: Any, where: str) -> dict[str, float]:
@@ -133,7 +133,7 @@ EVENT = SchemaField(
 
 
 def patients(names: Sequence[str]) -> Schema:
-    """A row for each patient, whose features are one cell."""
+    """The schema of a table with one row per patient and all features in one cell."""
     kind = pa.struct([(name, pa.float64()) for name in names])
     return Schema((TIME, EVENT, SchemaField("features", features_cell(names), kind)))
 
@@ -141,7 +141,11 @@ def patients(names: Sequence[str]) -> Schema:
 def gathered(
     source: Path, data: DataSection, options: SurvivalOptions, diagnostics: Diagnostics
 ) -> dict[str, pa.Table]:
-    """The splits at a path: as shards are written, or from a table with a column for each feature."""
+    """The tables at a path by split, with features in one cell: as shards are written, or read from columns.
+
+    Raises:
+        DataError: there is no data, or rows are invalid.
+    """
     plain = Schema((TIME, EVENT))
     rows = plain.first_rows(source)
     if rows is not None and "features" in rows.table.column_names:
@@ -158,12 +162,12 @@ def gathered(
 
 
 def rows_to_score(path: Path, features: Sequence[str] | None) -> dict[str, dict[str, float]]:
-    """The patients of a table, {name: number} by the rows' places in it; time and event need not be there.
+    """The features of each patient in a table, {name: number}, by row ("row 1"); without time and event.
 
-    Without `features` every column is taken of which every cell is a number.
+    Without `features`, every column in which all cells are numbers is a feature.
 
     Raises:
-        DataError: it can't be read or has no rows; or a feature isn't there, or isn't a number, in some row.
+        DataError: the table can't be read or is empty, or a feature is missing or not a number in some row.
     """
     diagnostics = Diagnostics()
     rows = read_file(path, diagnostics)
@@ -185,7 +189,7 @@ def rows_to_score(path: Path, features: Sequence[str] | None) -> dict[str, dict[
 
 
 def _wholly_numbers(rows: Rows) -> list[str]:
-    """The columns in which every cell is a number or a truth value."""
+    """The names of the columns in which every cell is a number or a truth value."""
     columns = {name: values_of(rows, name) for name in rows.table.column_names}
     return [
         name
@@ -195,7 +199,7 @@ def _wholly_numbers(rows: Rows) -> list[str]:
 
 
 def in_one_cell(table: pa.Table, names: Sequence[str], prefix: str = "") -> pa.Table:
-    """The table with one column `features` in the place of those that are called as a prefix and a name."""
+    """The table with the columns `prefix + name` replaced by a single column `features`."""
     columns = [table.column(prefix + name).cast(pa.float64()).combine_chunks() for name in names]
     features = pa.StructArray.from_arrays(columns, names=list(names))
     return table.drop_columns([prefix + name for name in names]).append_column("features", features)
@@ -207,12 +211,12 @@ def _fields(rows: Rows) -> list[str]:
 
 
 def numeric_columns(rows: Rows, data: DataSection) -> list[str]:
-    """The columns of numbers, sorted, without time, event and the one that rows are dealt by.
+    """The numeric columns, sorted, without time, event and the column by which rows are partitioned.
 
-    A column of texts is one of numbers where at least half of its cells are: the others are then faults.
+    A text column counts as numeric if at least half of its cells are numbers; the others are then errors.
 
     Raises:
-        DataError: there are none, or none that can be the time or the event.
+        DataError: there is no such column, or no column for the time or the event.
     """
     usual = {role.name: (role.name, *role.usual) for role in (TIME, EVENT)}
     taken = {role_column(rows, role, chosen_name(data, role), names) for role, names in usual.items()}
@@ -250,10 +254,10 @@ def _is_number(cell: str) -> bool:
 
 
 def same_features(all_names: Iterable[Sequence[str]]) -> list[str]:
-    """The features that all clients have, in the first one's order.
+    """The features of all clients, in the first client's order.
 
     Raises:
-        ConfigError: two clients have different ones.
+        ConfigError: two clients have different features.
     """
     first, *others = all_names
     for other in others:

@@ -1,4 +1,4 @@
-"""Harrell's concordance index, whose pairs are counted within each client and add up over clients."""
+"""Harrell's concordance index, from counts of pairs within each client that add up over clients."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import torch
 from atoll.tasks.mean_metric import Mean
 
 ROWS = 1024
-"""Patients who are compared with all others at a time."""
+"""The number of patients that are compared with all others at once."""
 
 
 class ConcordanceIndex(Mean):
-    """The share of comparable pairs in which who has the event first has the higher score.
+    """The share of comparable pairs in which the patient with the earlier event has the higher score.
 
-    Of a pair (i, j) i must have the event, and j must still be without it then: t_j > t_i, or t_j = t_i and j
-    is censored. Equal scores count a half (Harrell et al. 1982; lifelines' `concordance_index` of minus the
-    scores). Each update forms the pairs among its own patients, so all of a client's must come together, and
-    none is formed across clients. Undefined (NaN) without a comparable pair.
+    A pair (i, j) is comparable if i has the event and j doesn't have it by then: t_j > t_i, or t_j = t_i and
+    j is censored. Equal scores count one half (Harrell et al. 1982; equal to lifelines' `concordance_index`
+    of the negated scores). Each update forms the pairs among its own patients, so it must get all patients of
+    a client; there are no pairs across clients. Undefined (NaN) without a comparable pair.
     """
 
     higher_is_better = True
 
     def update(self, scores: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count the pairs among patients with scores [n] and targets [n, 2]: time, and 1 for an event."""
+        """Count the pairs among patients with scores [n] and targets [n, 2]: the time, and 1 for an event.
+
+        Raises:
+            ValueError: the shapes don't fit.
+        """
         if scores.ndim != 1 or targets.shape != (len(scores), 2):
             shapes = f"{list(scores.shape)} and {list(targets.shape)}"
             raise ValueError(f"expected scores [n] and targets [n, 2], found {shapes}")

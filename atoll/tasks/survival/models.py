@@ -1,7 +1,7 @@
-"""Networks of survival: one weight a feature (Cox 1972), or hidden layers before it.
+"""Survival models: a linear Cox model (Cox 1972), or an MLP.
 
-A score is the logarithm of a patient's hazard beside that of all: no number added to every score changes
-anything, so that there is no bias.
+A score is the logarithm of a patient's hazard relative to the baseline hazard. Adding a constant to all
+scores changes nothing, so the last layer has no bias.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MlpOptions(Section):
 
 
 class FeatureEncoder(Encoder):
-    """Named numbers to features [batch, width], scaled as the job says."""
+    """Encodes named numbers, standardised as the job says, as features [batch, width]."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class FeatureEncoder(Encoder):
 
 
 class CoxModel(Model):
-    """Scores [batch]: logarithms of hazards, beside a hazard that all share."""
+    """Predicts scores [batch], the logarithms of hazards relative to the baseline hazard."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
         scores: torch.Tensor = self.head(self.backbone(batch))
@@ -73,10 +73,10 @@ class CoxModel(Model):
 
 
 def load_cox(backbone: Backbone, job: Job, options: SurvivalOptions, names: Sequence[str]) -> CoxModel:
-    """Build the network with its resolved weights, and a fresh head.
+    """The network with its resolved weights and a new head; `names` are the features in their order.
 
     Raises:
-        WeightsError: the backbone doesn't read features, or its weights don't fit.
+        WeightsError: the backbone doesn't read tables of features, or its weights don't fit.
     """
     network, width = _network(backbone, job, len(names))
     with global_stream(job.seed, "init", "head"):

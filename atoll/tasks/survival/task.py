@@ -1,7 +1,7 @@
-"""Survival by Cox's proportional hazards: who has the event sooner, though not everybody is seen to have it.
+"""Survival analysis by Cox's proportional hazards model, from data with censored patients.
 
-Loss: the negative log partial likelihood within a batch (`loss.py`), so that what a patient costs depends on
-who else is in the batch. Metric: the concordance index within a client.
+Loss: the negative log partial likelihood of a batch (`loss.py`), in which a patient's term depends on the
+other patients in the batch. Metric: the concordance index within each client.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SHARED = "Cox's loss compares the examples of a batch with one another"
 
 @dataclass(frozen=True)
 class Survival(Task):
-    """Inputs are numbers by the features' names; targets are [n, 2]: the time, and 1 for an event, else 0."""
+    """Survival analysis; inputs are {feature: number}; targets are [n, 2]: the time, and 1 for an event."""
 
     info_fields = (
         InfoField(
@@ -124,7 +124,7 @@ class Survival(Task):
         return patients([]).keys(dataset)
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The features' names, as the job gives them or sorted."""
+        """The names of the features: those of the job in its order, else those of the data, sorted."""
         chosen = options_of(options, SurvivalOptions).features
         kind = dataset.schema.field("features").type
         return {"features": list(chosen or sorted(one.name for one in kind))}
@@ -144,16 +144,16 @@ class Survival(Task):
         return SUFFIXES
 
     def parse_inputs(self, text: str) -> dict[str, Any]:
-        """One patient as JSON; or all of a table, by the rows' places in it."""
+        """One patient given as JSON, or all patients of a table, by row ("row 1")."""
         if not text.lower().endswith(SUFFIXES):
             return {"": self.parse_input(text)}
         return rows_to_score(Path(text), self.options.features)
 
     def parse_input(self, text: str) -> Any:
-        """A patient's features as JSON, such as `{"age": 61, "grade": 2}`, beside which others may be.
+        """A patient's features from JSON such as `{"age": 61, "grade": 2}`; other keys are ignored.
 
         Raises:
-            DataError: it is something else.
+            DataError: the text is no JSON object, or a feature is no number.
         """
         try:
             row = json.loads(text)
@@ -168,7 +168,7 @@ class Survival(Task):
         return load_cox(backbone, job, self.options, data_info["features"])
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cox's loss of scores [n] among the patients of the batch."""
+        """Cox's loss for scores [n] of the patients in a batch."""
         return cox_loss(outputs, targets[:, 0], targets[:, 1])
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
@@ -179,7 +179,7 @@ class Survival(Task):
         return MetricCollection({"c_index": ConcordanceIndex()}, compute_groups=False)
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The score, and the hazard that it makes, beside 1 for a score of 0."""
+        """The score, and the hazard exp(score) relative to a patient with score 0."""
         return [
             {"label": f"{score:.4g}", "score": score, "relative_hazard": hazard}
             for score, hazard in zip(predictions.tolist(), predictions.double().exp().tolist(), strict=True)
