@@ -1,1 +1,1 @@
-"""Intents and slots of commands, written or spoken."""
+"""Intent and slot prediction for voice commands, written or spoken."""

@@ -1,4 +1,4 @@
-"""Networks that hear what is meant: the mean of an encoder's states over a recording, and a linear layer."""
+"""Intent prediction from audio: a linear layer on the mean of an audio encoder's states."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from atoll.protocol.random_streams import global_stream
 
 
 class SpokenIntent(Model):
-    """Scores of intents, of the mean over the frames that are real."""
+    """Predicts logits of intents from the mean state over frames that aren't padding."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[batch, 1, intents]."""
+        """The logits, [batch, 1, intents]."""
         states, count = self.backbone(batch)
         mask = real_frames(states, count).unsqueeze(2).to(states.dtype)
         scores: torch.Tensor = self.head((states * mask).sum(1) / mask.sum(1))
@@ -24,10 +24,10 @@ class SpokenIntent(Model):
 
 
 def load_spoken_model(backbone: Backbone, job: Job, intents: int, max_seconds: float) -> SpokenIntent:
-    """Build the network with its resolved weights, and a fresh head; a recogniser's letters are left out.
+    """The network with its resolved weights and a new head; a recogniser's output layer is dropped.
 
     Raises:
-        WeightsError: it doesn't hear, or its weights don't fit.
+        WeightsError: the network reads no audio, or its weights don't fit.
     """
     encoder = load_sound_encoder(backbone, job, max_seconds)
     with global_stream(job.seed, "init", "head"):

@@ -1,4 +1,4 @@
-"""Commands that are understood in full, and slots as entities."""
+"""Accuracy of intents, and F1 of slots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from atoll.tasks.token_classification.metrics import EntityF1
 
 
 class IntentAccuracy(Metric):
-    """The share of sentences whose intent is right."""
+    """The share of commands whose intent is predicted rightly."""
 
     is_differentiable = False
     higher_is_better = True
@@ -23,7 +23,7 @@ class IntentAccuracy(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count the first number of each row."""
+        """Count commands by the intent, the first number of each row [n, 1 + words]."""
         self.right += (predictions[:, 0] == targets[:, 0]).sum()
         self.total += len(targets)
 
@@ -32,8 +32,8 @@ class IntentAccuracy(Metric):
 
 
 class CommandSlotF1(EntityF1):
-    """Micro F1 of the spans of slots."""
+    """Micro F1 of slots, which are spans of tags."""
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count the numbers behind the first of each row."""
+        """Count spans of tags, the numbers after the first of each row [n, 1 + words]."""
         super().update(predictions[:, 1:], targets[:, 1:])

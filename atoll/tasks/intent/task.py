@@ -1,7 +1,7 @@
-"""Intent and slots of what is said to a voice assistant, from its words, by one network with two heads.
+"""Intent and slots of voice commands, predicted from their words by one network with two heads.
 
-Loss: cross-entropy of the intent, plus that of the tags, the mean over each sentence's own words. With
-`task.options.input = "audio"` the intent alone is learnt, straight from recordings.
+Loss: cross-entropy of the intent, plus that of the tags, the mean over each sentence's words. With
+`task.options.input = "audio"` only the intent is predicted, directly from recordings.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 IGNORE_INDEX = -100
-"""A target that isn't there: behind a short sentence, or a tag that no client knew."""
+"""The target at padding after a sentence, and of a tag that isn't among the run's tags."""
 
 OUTSIDE = "O"
 
@@ -54,9 +54,9 @@ PUBLIC_TAGS = InfoField("tags", "public", holds="names")
 
 
 class IntentOptions(Section):
-    """`task.options` of intent: what is learnt from, how long a recording may be, which slot tags there are.
+    """`task.options` of intent: the kind of input, the longest recording in seconds, and the slot tags.
 
-    Tags that are not given are those of the data; one that isn't among those given is not learnt.
+    Without `tags` the tags are those of the data; a tag of the data that isn't in `tags` is ignored.
     """
 
     input: Literal["text", "audio"] = "text"
@@ -65,12 +65,12 @@ class IntentOptions(Section):
 
     @property
     def is_heard(self) -> bool:
-        """Whether recordings are learnt from."""
+        """Whether inputs are recordings."""
         return self.input == "audio"
 
 
 def _tags(cell: Any, where: str) -> str:
-    """BIO tags with spaces between them."""
+    """BIO tags separated by spaces; empty for an empty cell."""
     if cell is None or cell == "":
         return ""
     tags = text_cell(cell, where).split()
@@ -82,7 +82,7 @@ def _tags(cell: Any, where: str) -> str:
 
 @dataclass(frozen=True)
 class _Sentences(Schema):
-    """Rows whose tags fit their words."""
+    """A schema of sentences; rows with another number of tags than words are errors."""
 
     def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
         table = _without(super().canonical(rows, data, diagnostics), "audio")
@@ -103,7 +103,7 @@ class _Sentences(Schema):
 
 
 def _without(table: pa.Table, *names: str) -> pa.Table:
-    """A table without parts that are learnt from another way."""
+    """The table without the named columns, where it has them."""
     return table.drop_columns([name for name in table.column_names if name in names])
 
 
@@ -115,7 +115,7 @@ SENTENCES = _Sentences((_TEXT, _INTENT, _SLOTS), count_by="intent")
 
 
 class _Recordings(Schema):
-    """Rows of recordings; words beside them aren't learnt from."""
+    """A schema of recordings; columns with words and slots are dropped."""
 
     def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
         return _without(super().canonical(rows, data, diagnostics), "text", "slots")
@@ -128,12 +128,12 @@ def _records(options: IntentOptions) -> Schema:
 
 
 EITHER = Schema((audio_role(IntentOptions().max_seconds), _TEXT, _INTENT, _SLOTS))
-"""What examples of either kind are made of, to hash and to write them."""
+"""The fields of both kinds of examples, for hashing and writing them."""
 
 
 @dataclass(frozen=True)
 class Intent(SchemaTask):
-    """Targets are [n, 1 + most words]: the intent, and a tag for each word, of which recordings have none."""
+    """Intent and slots; targets are [n, 1 + most words]: the intent, then each word's tag (not for audio)."""
 
     name: str = "intent"
     summary: str = "what is asked for, of words with slots or of recordings; intent accuracy, slot F1"
@@ -154,7 +154,7 @@ class Intent(SchemaTask):
         refuse_augment(job)
 
     def info_fields_for(self, job: Job) -> Sequence[InfoField]:
-        """Intents, and the tags of slots, which recordings have none of."""
+        """The fields of intents and of slot tags; with recordings the tags are public."""
         heard = options_of(job.task.options, IntentOptions).is_heard
         return (*class_fields("intents", "intents"), PUBLIC_TAGS if heard else TAGS)
 
@@ -184,10 +184,10 @@ class Intent(SchemaTask):
         )
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The intents and the tags, those the job names or else those of the data, sorted.
+        """The intents and the tags: those that the job names, else those of the data, sorted.
 
         Raises:
-            DataError: the data has an intent that the job doesn't name.
+            DataError: the data has an intent that isn't in `data.classes`.
         """
         present = set(dataset["intent"])
         slots = dataset["slots"][:] if "slots" in dataset.column_names else []
@@ -196,11 +196,15 @@ class Intent(SchemaTask):
         return named(present, data, "intents", "intent") | {"tags": sorted(tags | {OUTSIDE})}
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
-        """The rows of the job's intents."""
+        """The numbers of the rows whose intent is in `data.classes`; all rows if that isn't set."""
         return rows_named(dataset["intent"][:], data)
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """Pinned intents as they are, else the sorted union; the sorted union of tags."""
+        """The intents of `data.classes`, else the sorted union of the clients'; the sorted union of tags.
+
+        Raises:
+            ConfigError: there are fewer than two intents.
+        """
         intents = agreed(data_info, "intents")
         if len(intents) < 2:
             raise ConfigError(f"intent needs at least two intents, found {intents}")
@@ -230,7 +234,7 @@ class Intent(SchemaTask):
         return AUDIO_SUFFIXES if self.options.is_heard else (".txt",)
 
     def parse_input(self, text: str) -> Any:
-        """The bytes of a recording, or the words of a text file or of the text itself."""
+        """The bytes of an audio file; for texts, the words in a text file or in `text` itself."""
         if self.options.is_heard:
             return read_audio_input(text, self.options.max_seconds)
         return read_text_input(text).split()
@@ -258,13 +262,13 @@ class Intent(SchemaTask):
         return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """The best intent and tags as numbers; a batch is as long as its own longest sentence."""
+        """(predicted, true) intent and tags as numbers, both [n, 1 + words of the longest sentence]."""
         best = [scores.argmax(1).cpu() for scores in predictions]
         padded = nn.utils.rnn.pad_sequence(best, batch_first=True)
         return padded, targets[:, : padded.shape[1]]
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The intent, its probability, and, unless it was heard, a tag for each word."""
+        """The intent, its probability, and, for texts, a tag for each word."""
         rows: list[dict[str, Any]] = []
         for scores in (one.cpu() for one in predictions):
             chances = torch.softmax(scores[0, : len(data_info["intents"])], dim=0)

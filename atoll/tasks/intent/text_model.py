@@ -1,4 +1,4 @@
-"""A network that reads a sentence's words: what is meant by all of them, and a tag for each."""
+"""Intent and slot prediction from words: one head for the whole sentence, one for each word."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from atoll.protocol.random_streams import global_stream
 from atoll.tasks.token_classification.words import NO_WORD, load_word_encoder
 
 MASKED_LOGIT = -1e4
-"""The score of what can't be."""
+"""The logit of classes that don't exist, in the padding of the narrower head's output."""
 
 
 class CommandHead(nn.Module):
-    """An intent from the mean of the states, a tag from the first piece of each word."""
+    """Two linear layers: the intent from the mean state, tags from the states of words' first subwords."""
 
     def __init__(self, width: int, intents: int, tags: int) -> None:
         super().__init__()
@@ -27,10 +27,10 @@ class CommandHead(nn.Module):
 
 
 class CommandModel(Model):
-    """Scores of intents, and behind them of each word's tags: [batch, 1 + words, most of either]."""
+    """Predicts logits of intents and of each word's tags, [batch, 1 + words, max(intents, tags)]."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Where there are fewer intents than tags, or the other way round, the rest has no chance."""
+        """The logits: intents in the first row, then tags; the narrower are padded with `MASKED_LOGIT`."""
         head: Any = self.head
         states = self.backbone(batch)
         mask = batch["attention_mask"].unsqueeze(2).to(states.dtype)
@@ -42,16 +42,16 @@ class CommandModel(Model):
         return torch.cat(list(filled), dim=1)
 
     def predict(self, batch: Batch) -> list[torch.Tensor]:
-        """The scores of each sentence, as long as it has words: [1 + words, most of either]."""
+        """The logits of each sentence without padding, [1 + words, max(intents, tags)] each."""
         words = (batch["first_piece"] != NO_WORD).sum(1).tolist()
         return [scores[: 1 + count] for scores, count in zip(self(batch), words, strict=True)]
 
 
 def load_command_model(backbone: Backbone, job: Job, intents: int, tags: int) -> CommandModel:
-    """Build the network with its resolved weights, and a fresh head.
+    """The network with its resolved weights and a new head.
 
     Raises:
-        WeightsError: it isn't an encoder of texts, or its weights don't fit.
+        WeightsError: the network isn't a text encoder, or its weights don't fit.
     """
     encoder = load_word_encoder(backbone, job)
     with global_stream(job.seed, "init", "head"):

@@ -1,9 +1,9 @@
-"""Medical images: PNG and JPEG as anywhere, and DICOM by fixed rules, with whose they are.
+"""Reading medical images: PNG and JPEG, and DICOM, which is converted to 8 bits by fixed rules.
 
-DICOM's stored values are rescaled (slope, intercept), put through the file's own first window, or, where it
-has none, from the lowest to the highest value that its bits can hold; MONOCHROME1 is turned, so that more
-is brighter everywhere. No rule looks at the pixels' own minimum or maximum. Of several frames the first is
-taken. What the header says of a patient isn't read: who is whose is said by a column of the table.
+DICOM's stored values are rescaled (slope, intercept), then mapped to grey levels by the file's first window,
+or, without one, by the range of values that its bits can hold. MONOCHROME1 is inverted, so that larger values
+are always brighter. No rule depends on the pixels' own minimum or maximum. Of several frames the first is
+used. Patient data in the header isn't read: a column of the table says which patient an image belongs to.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MARK = slice(128, 132)
 
 
 def as_picture(data: bytes, where: str) -> bytes:
-    """Bytes that any decoder of pictures takes: DICOM becomes an 8-bit PNG, the rest stays as it is.
+    """The bytes of an ordinary picture: DICOM is converted to an 8-bit PNG, others are unchanged.
 
     Raises:
-        DataError: it can't be decoded.
+        DataError: the data can't be decoded.
     """
     if data[_MARK] != b"DICM":
         decode(data, where)
@@ -41,10 +41,10 @@ def as_picture(data: bytes, where: str) -> bytes:
 
 
 def seen_scan(data: bytes, where: str, depth: Depth | None, diagnostics: Diagnostics) -> bytes:
-    """As `seen_picture`; a job's window comes before that of DICOM, whose bits the file itself says.
+    """As `seen_picture`, for DICOM too; the job's window replaces the file's, and the file gives the bits.
 
     Raises:
-        DataError: it can't be decoded.
+        DataError: the data can't be decoded.
     """
     if data[_MARK] != b"DICM":
         return seen_picture(data, where, depth, diagnostics)
@@ -59,7 +59,7 @@ def _dicom_picture(data: bytes, where: str, depth: Depth | None) -> bytes:
 
 
 def _dicom_pixels(data: bytes, where: str, depth: Depth | None) -> np.ndarray:
-    """8-bit grey [height, width] or RGB [height, width, 3]."""
+    """The pixels of a DICOM file, uint8: grey [height, width] or RGB [height, width, 3]."""
     import pydicom
     from pydicom.errors import InvalidDicomError
 
@@ -94,7 +94,7 @@ def _grey(header: Any, stored: np.ndarray, depth: Depth | None) -> np.ndarray:
 
 
 def _window(header: Any, slope: float, intercept: float) -> tuple[float, float]:
-    """The values that become black and white."""
+    """(the value that becomes black, the value that becomes white)."""
     centre, width = (_first(header.get(name)) for name in ("WindowCenter", "WindowWidth"))
     if centre is not None and width is not None and width > 1:
         # DICOM PS3.3 C.11.2.1.2.1: black at centre - 0.5 - (width - 1) / 2, white as far above.
@@ -106,7 +106,7 @@ def _window(header: Any, slope: float, intercept: float) -> tuple[float, float]:
 
 
 def _first(value: Any) -> float | None:
-    """A number, or the first of several."""
+    """The number in a header's field, or the first of several; None if the field is empty."""
     if value is None or value == "":
         return None
     return float(value if isinstance(value, int | float | str) else value[0])
@@ -123,7 +123,11 @@ def _colour(header: Any, pixels: np.ndarray, where: str) -> np.ndarray:
 
 
 def read_scan_input(text: str, depth: Depth | None = None) -> bytes:
-    """The picture in a file that someone names, as the job wants it seen."""
+    """The picture in a file, converted as the job's `depth` says.
+
+    Raises:
+        DataError: it is a folder, or can't be read or decoded.
+    """
     path = Path(text)
     if path.is_dir():
         raise DataError(f"{shown(text)}: a folder, expected an image file")
@@ -132,7 +136,7 @@ def read_scan_input(text: str, depth: Depth | None = None) -> bytes:
 
 
 def _class_folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """A folder for each class, also under train/ and test/."""
+    """The rows of a folder with one folder per class, also under train/ and test/; None for a file."""
     return open_shard(path, image_classes, diagnostics) if path.is_dir() else None
 
 
@@ -155,4 +159,4 @@ SCANS = Schema(
     open_layout=_class_folders,
     layout=f"a folder per class, or one file of {', '.join(SUFFIXES)}",
 )
-"""A patient's name is in an example's hash, so that two patients' equal images stay two."""
+"""The patient's name is part of an example's hash, so that equal images of two patients stay distinct."""

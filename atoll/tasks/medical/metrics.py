@@ -1,7 +1,7 @@
-"""AUROC and calibration error, from bins that add up over clients, and sensitivity at a given specificity.
+"""AUROC, calibration error and sensitivity at a given specificity, from counts that add up over clients.
 
-Guo et al. 2017, "On Calibration of Modern Neural Networks". A screening test may rarely be wrong: its
-sensitivity counts where its specificity is high enough.
+The calibration error is that of Guo et al. 2017, "On Calibration of Modern Neural Networks". A screening test
+must give few false alarms, so its sensitivity is measured at a high specificity.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ class BinnedCalibrationError(Metric):
             self.add_state(name, torch.zeros(bins, dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, probabilities: torch.Tensor, targets: torch.Tensor) -> None:
-        """Probabilities of the positive class [n] with targets 0 or 1, or of every class [n, classes].
+        """Count probabilities of the positive class [n], or of all classes [n, classes], with targets [n].
 
-        Of several classes the most likely one is asked whether it is right (top label).
+        With several classes, the confidence is that of the most likely class (top-label calibration).
+
+        Raises:
+            ValueError: a probability is below 0 or above 1.
         """
         low, high = (float(v) for v in probabilities.aminmax()) if probabilities.numel() else (0.0, 0.0)
         if not (low >= 0 and high <= 1):
@@ -55,11 +58,11 @@ class BinnedCalibrationError(Metric):
 
 
 class SensitivityAtSpecificity(BinarySensitivityAtSpecificity):
-    """The highest sensitivity over `thresholds` evenly spaced thresholds with at least that specificity.
+    """The highest sensitivity, over evenly spaced thresholds, at which the specificity is high enough.
 
-    torchmetrics' own, whose states are counts, without the threshold that it returns too. `update` takes
-    probabilities [n] of the positive class and targets [n], 0 or 1. Undefined (NaN) where all examples are of
-    one class.
+    torchmetrics' metric, whose states are counts, without the threshold that it returns as well. `update`
+    takes probabilities [n] of the positive class and targets [n], 0 or 1. Undefined (NaN) if all examples are
+    of one class.
     """
 
     def __init__(self, specificity: float = 0.95, thresholds: int = 1001) -> None:
@@ -71,16 +74,16 @@ class SensitivityAtSpecificity(BinarySensitivityAtSpecificity):
 
 
 class BinnedAuroc(BinaryAUROC):
-    """torchmetrics' own from counts at thresholds; undefined (NaN) where all examples are of one class."""
+    """torchmetrics' AUROC from counts at thresholds; undefined (NaN) if all examples are of one class."""
 
     def compute(self) -> torch.Tensor:  # type: ignore[override]
         return torch.where(has_both_sides(self.confmat), super().compute(), torch.nan)
 
 
 class BinnedMacroAuroc(MulticlassAUROC):
-    """The mean of each class against the others, over the classes of which some examples are and some aren't.
+    """The mean over classes of the AUROC of each class against the others.
 
-    Undefined (NaN) where all examples are of one class.
+    Classes without positive or without negative examples are left out; undefined (NaN) if all are.
     """
 
     def __init__(self, classes: int, thresholds: int) -> None:
@@ -92,5 +95,5 @@ class BinnedMacroAuroc(MulticlassAUROC):
 
 
 def has_both_sides(counts: torch.Tensor) -> torch.Tensor:
-    """Whether there are examples on both sides, of counts [thresholds, …, true side, said side]."""
+    """Whether there are positive and negative examples, from counts [thresholds, …, true, predicted]."""
     return (counts[0].sum(-1) > 0).all(-1)

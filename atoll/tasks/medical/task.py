@@ -1,7 +1,7 @@
-"""Medical images: a finding from a scan, by patients; AUROC, sensitivity where few are alarmed in vain.
+"""Medical image classification, split by patient; AUROC, sensitivity at a high specificity, calibration.
 
-Of two classes the second is the finding (`data.classes = ["no", "yes"]` says which). All images of a
-patient are on one side of every split.
+Of two classes the second is the finding (set `data.classes = ["no", "yes"]` to choose). All images of a
+patient are on the same side of every split.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 THRESHOLDS = 1001
-"""Of the AUROC's bins, which make it add over clients."""
+"""The number of thresholds at which the AUROC's counts are taken."""
 
 
 @dataclass(frozen=True)
 class Medical(SchemaTask, Classification):
-    """Classification whose examples belong to patients; without that column each is a patient's only one."""
+    """Image classification split by patient; without a patient column every image counts as one patient."""
 
     primary_metric: str = "auroc"
     has_own_split: bool = True
@@ -58,7 +58,7 @@ class Medical(SchemaTask, Classification):
     def split(
         self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Whole patients: a hash of a patient's name says on which side all of its examples are."""
+        """(training rows, validation rows): a hash of a patient's name decides for all its images."""
         owners = [name.encode() for name in shard.groups] or shard.keys
         is_validation = by_fraction(validation_marks(owners, seed), fraction, helped=helped)
         return np.flatnonzero(~is_validation).tolist(), np.flatnonzero(is_validation).tolist()
@@ -67,7 +67,7 @@ class Medical(SchemaTask, Classification):
         return (*super().input_suffixes(), ".dcm")
 
     def parse_input(self, text: str) -> Any:
-        """An image file's picture, DICOM too."""
+        """The picture in an image file or DICOM file."""
         return read_scan_input(text, self.depth)
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
@@ -101,7 +101,7 @@ class Medical(SchemaTask, Classification):
         return MetricCollection(metrics, compute_groups=False)  # type: ignore[arg-type]
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """Probabilities: of the finding where there are two classes, else of each."""
+        """(probabilities, targets [n]): of the finding [n] with two classes, else of all [n, classes]."""
         stated = torch.softmax(predictions.to(torch.float64), dim=1)
         return (stated[:, 1] if stated.shape[1] == 2 else stated), targets
 

@@ -1,1 +1,1 @@
-"""Questions with several choices: the right one's text is learnt, and told by likelihood and in words."""
+"""Multiple choice: trains on the right choice's text, and measures likelihoods and written answers."""

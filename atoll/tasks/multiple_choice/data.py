@@ -1,4 +1,4 @@
-"""What a client holds: `question`, `choices` and `answer`, as ARC, MMLU, HellaSwag and SWAG have them."""
+"""Data of multiple choice: `question`, `choices` and `answer`, in the forms of ARC, MMLU, HellaSwag, SWAG."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from atoll.errors import DataError
 from atoll.job.job import DataSection
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""What the choices of a question are called, in their order."""
+"""The letters of a question's choices, in their order."""
 
 Reading = Literal["any", "text", "letter", "number"]
-"""How an answer that is text names the right choice."""
+"""How an answer given as text identifies the right choice."""
 
 _QUESTION = ("ctx", "stem", "question_stem", "startphrase", "goal", "query")
 _CHOICES = ("endings", "options")
@@ -33,14 +33,14 @@ _NUMBERED = re.compile(r"(choice|ending|option|sol)[ _]?(\d+)")
 
 @dataclass(frozen=True)
 class Choices:
-    """The texts of a question's choices, and what the data calls each, where it says."""
+    """The texts of a question's choices, and their labels, if the data has labels."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None = None
 
 
 def choices_cell(cell: Any, where: str) -> Choices:
-    """A list of texts or numbers; or of texts with labels, in ARC's two forms; also written as JSON.
+    """The choices in a cell: a list of texts or numbers, or texts with labels in ARC's two forms, or JSON.
 
     >>> choices_cell(["a", 2], "").texts
     ('a', '2')
@@ -48,7 +48,7 @@ def choices_cell(cell: Any, where: str) -> Choices:
     ('1', '2')
 
     Raises:
-        DataError: it is something else, one is empty, or there are not 2 to 26.
+        DataError: the cell is something else, a choice is empty, or there are not 2 to 26 of them.
     """
     parsed = _parsed(cell, where)
     labels: Sequence[Any] | None = None
@@ -75,7 +75,7 @@ def _parsed(cell: Any, where: str) -> Any:
 
 
 def checked_choices(texts: Sequence[Any], where: str, labels: Sequence[Any] | None = None) -> Choices:
-    """Choices whose texts are stripped; raises as `choices_cell`."""
+    """The choices with stripped texts and labels; raises as `choices_cell`."""
     if not 2 <= len(texts) <= len(LETTERS):
         raise DataError(f"{where}: {len(texts)} choices, expected 2 to {len(LETTERS)}")
     if labels is not None and len(labels) != len(texts):
@@ -87,17 +87,17 @@ def checked_choices(texts: Sequence[Any], where: str, labels: Sequence[Any] | No
 
 
 def answer_place(cell: Any, choices: Choices, reading: Reading, where: str) -> int:
-    """The place of the right choice, from 0.
+    """The index of the right choice, from 0.
 
-    A number is the place itself. A text is a label, where the choices have some; else the text of a choice,
-    a letter, or a place in digits, whichever it can be: where these differ it is refused, unless `reading`
-    says which one it is.
+    A number is the index itself. A text is a label, if the choices have labels. Otherwise it is the text of a
+    choice, a letter, or an index in digits, as `reading` says; with "any", a text that could mean different
+    choices is refused.
 
     >>> answer_place("b", Choices(("one", "two")), "any", "")
     1
 
     Raises:
-        DataError: it names no choice, or may mean several.
+        DataError: the cell identifies no choice, or could mean several.
     """
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
@@ -134,7 +134,7 @@ _IN_WORDS = {
 
 
 def _readings(text: str, choices: Choices) -> Iterator[tuple[Reading, int]]:
-    """Each way in which a text may name a choice, with the choice's place."""
+    """(the kind of reading, the choice's index) for each way in which a text can identify a choice."""
     for place, choice in enumerate(choices.texts):
         if choice == text:
             yield "text", place
@@ -170,7 +170,7 @@ _ROLES = (
 
 @dataclass(frozen=True)
 class Questions(Schema):
-    """Rows whose answers are read by the choices beside them; `answers` says how those that are text."""
+    """A schema of questions; `answers` says how an answer given as text identifies a choice of its row."""
 
     answers: Reading = "any"
 
@@ -206,7 +206,7 @@ class Questions(Schema):
     def _row(
         self, asked: Any, answer: Any, cells: Sequence[Any], are_columns: bool, where: str
     ) -> tuple[str, list[str], int]:
-        """(question, texts of the choices, place of the right one)."""
+        """(question, texts of the choices, index of the right one)."""
         question = optional_text_cell(asked, where)
         choices = (
             checked_choices(_without_gaps(cells, where), where)
@@ -221,7 +221,7 @@ class Questions(Schema):
 
 
 def _without_gaps(cells: Sequence[Any], where: str) -> list[Any]:
-    """The cells of a row's columns of choices: those behind its last choice are empty."""
+    """A row's choices from one column each; cells after the last choice may be empty."""
     filled = [cell for cell in cells if cell not in (None, "")]
     if list(cells[: len(filled)]) != filled:
         gap = next(place for place, cell in enumerate(cells) if cell in (None, ""))
@@ -230,7 +230,7 @@ def _without_gaps(cells: Sequence[Any], where: str) -> list[Any]:
 
 
 def _flat(rows: Rows, data: DataSection) -> Rows:
-    """Rows of ARC's JSON Lines, where a question holds its stem and its choices, in columns of their own."""
+    """The rows of ARC's JSON Lines with the nested stem and choices of a question as columns."""
     name = chosen_name(data, "question") or "question"
     if name not in rows.table.column_names:
         return rows
@@ -252,10 +252,10 @@ def _flat(rows: Rows, data: DataSection) -> Rows:
 
 
 def _choice_columns(rows: Rows, data: DataSection) -> list[str]:
-    """The column that holds all choices, or those that hold one each.
+    """The name of the column with all choices, or the names of the columns with one choice each.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such column.
     """
     chosen, names = chosen_name(data, "choices"), rows.table.column_names
     if chosen is not None and chosen not in names and "," in chosen:
@@ -275,7 +275,7 @@ def _choice_columns(rows: Rows, data: DataSection) -> list[str]:
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    """Columns such as ending0, ending1, …, in the order of their numbers, without a gap; else none."""
+    """The columns ending0, ending1, … or alike, in the order of their numbers; empty if one is missing."""
     groups: dict[str, dict[int, str]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name.strip().lower()):
@@ -288,7 +288,7 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 
 def _lettered(names: Sequence[str]) -> list[str]:
-    """Columns A, B, …, as far as they go without a gap; else none."""
+    """The columns A, B, … up to the first missing letter; empty if there are fewer than two."""
     known = {name.strip().upper(): name for name in names}
     most = next(place for place in count() if place == len(LETTERS) or LETTERS[place] not in known)
     return [known[letter] for letter in LETTERS[:most]] if most > 1 else []

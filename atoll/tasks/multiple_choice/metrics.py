@@ -1,7 +1,7 @@
-"""How often the right choice is told: by its likelihood, by that for each byte, and in words.
+"""Accuracy of multiple choice: by likelihood, by likelihood per byte, and by the written answer.
 
-Each counts questions: of `likelihood` [n, choices] the right choice is the first, and -inf stands where a
-question has no more. One that doesn't fit is wrong by each. Sums add up over clients.
+All count questions, with sums that add up over clients. In `likelihood` [n, choices] the right choice is the
+first, and -inf fills up rows with fewer choices. A question too long for the model (`fits`) counts as wrong.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from atoll.tasks.mean_metric import Mean
 
 
 class LikelihoodAccuracy(Mean):
-    """The share of questions whose right choice alone has the highest likelihood: of equals none is right."""
+    """The share of questions whose right choice has a higher likelihood than all others; ties are wrong."""
 
     higher_is_better = True
 
     def update(
         self, likelihood: torch.Tensor, size: torch.Tensor, generated: torch.Tensor, fits: torch.Tensor
     ) -> None:
-        """Count questions: `size` [n, choices] in bytes, `generated` and `fits` [n]."""
+        """Count questions; `size` [n, choices] is in bytes, `generated` and `fits` are [n]."""
         self.score += (_is_first_alone(likelihood) & fits).sum()
         self.total += len(fits)
 
 
 class ByteLikelihoodAccuracy(Mean):
-    """As `LikelihoodAccuracy`, of the likelihood's log divided by the bytes of the choice's text."""
+    """As `LikelihoodAccuracy`, with the log-likelihood divided by the bytes of the choice's text."""
 
     higher_is_better = True
 
@@ -38,31 +38,31 @@ class ByteLikelihoodAccuracy(Mean):
 
 
 class GeneratedAccuracy(Mean):
-    """The share of questions to which the model writes the right choice."""
+    """The share of questions for which the model writes the right choice."""
 
     higher_is_better = True
 
     def update(
         self, likelihood: torch.Tensor, size: torch.Tensor, generated: torch.Tensor, fits: torch.Tensor
     ) -> None:
-        """Count questions: `generated` is the place of the choice that was written."""
+        """Count questions; `generated` is the index of the choice that was written, 0 for the right one."""
         self.score += ((generated == 0) & fits).sum()
         self.total += len(fits)
 
 
 class UnparsableRate(Mean):
-    """The share of questions to which the model writes none of the choices."""
+    """The share of questions for which the model writes none of the choices."""
 
     higher_is_better = False
 
     def update(
         self, likelihood: torch.Tensor, size: torch.Tensor, generated: torch.Tensor, fits: torch.Tensor
     ) -> None:
-        """Count questions: `generated` is below 0 where no choice was written."""
+        """Count questions; `generated` is below 0 where no choice was written."""
         self.score += ((generated < 0) | ~fits).sum()
         self.total += len(fits)
 
 
 def _is_first_alone(values: torch.Tensor) -> torch.Tensor:
-    """Whether the first of each row [n, choices] is above all others, [n]."""
+    """Whether the first value of each row [n, choices] is greater than all others, [n]."""
     return (values[:, :1] > values[:, 1:]).all(1)

@@ -1,4 +1,4 @@
-"""Causal models that say how likely each choice of a question is, and which one they write."""
+"""Causal models for multiple choice: the likelihood of each choice, and the choice that the model writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from atoll.tasks.multiple_choice.parsing import parsed
 _PROMPT, _ORDER, _FITS = "prompt", "order", "fits"
 _WANTED, _SCORED, _TEXT = "wanted", "scored", "text"
 _SIDES = ("input_ids", "places", _WANTED, _SCORED, _TEXT)
-"""What is held of each choice."""
+"""The tensors of each choice."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice behind its question, and which of the learnt tokens write it: not what ends a turn."""
+    """A choice as tokens after its question; `scored` marks the tokens of its text, without end tokens."""
 
     text: str
     tokens: Tokens
@@ -32,9 +32,9 @@ class Choice:
 def prepared_question(
     prompt: Sequence[int], choices: Sequence[Choice], order: Sequence[int], *, fits: bool
 ) -> Batch:
-    """A question as shards hold it: the tokens that ask it, and its choices, the right one first.
+    """A question as an element of a shard's inputs: the prompt's tokens, and choices, the right one first.
 
-    `order` has the place of each among the question's choices. Where it doesn't fit it isn't asked.
+    `order` has each choice's index in the data. A question that doesn't fit isn't asked.
     """
     held = {
         _PROMPT: torch.tensor(list(prompt), dtype=torch.int64),
@@ -47,7 +47,7 @@ def prepared_question(
 
 
 def _side(choice: Choice) -> Batch:
-    """A choice as shards hold it."""
+    """A choice as tensors of a shard."""
     tensors = prepared(choice.tokens)
     places = tensors["places"] + 1
     return tensors | {
@@ -58,14 +58,14 @@ def _side(choice: Choice) -> Batch:
 
 
 class ChoiceEncoder(CausalEncoder):
-    """Questions of different numbers of choices in one batch."""
+    """Collates questions with different numbers of choices into one batch."""
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
-        """All of a batch's questions, zeros behind the ends of each.
+        """A batch of questions, padded with zeros.
 
-        Of each choice `input_ids` and `attention_mask` [batch, choices, tokens]; `places`, `wanted` and
-        `scored` [batch, choices, learnt]; `text` [batch, choices, bytes]. Of each question its `prompt`
-        [batch, tokens] with 1 added to each token, `order` [batch, choices] and `fits` [batch, 1].
+        For each choice `input_ids` and `attention_mask` [batch, choices, tokens]; `places`, `wanted` and
+        `scored` [batch, choices, learnt]; `text` [batch, choices, bytes]. For each question `prompt` [batch,
+        tokens], with 1 added to each token, `order` [batch, choices] and `fits` [batch, 1].
         """
         most = max(1, *(len(one[_ORDER]) for one in ready))
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -86,7 +86,7 @@ class ChoiceEncoder(CausalEncoder):
 
 
 def _filled(rows: Sequence[torch.Tensor], length: int | None = None) -> torch.Tensor:
-    """Rows of numbers as a table, zeros behind their ends."""
+    """Rows as a table of this length (by default the longest row's), padded with zeros."""
     length = max(1, *(len(row) for row in rows)) if length is None else length
     table = torch.zeros((len(rows), length), dtype=torch.int64)
     for line, row in zip(table, rows, strict=True):
@@ -95,7 +95,7 @@ def _filled(rows: Sequence[torch.Tensor], length: int | None = None) -> torch.Te
 
 
 class ChoiceModel(CausalModel):
-    """The surprise of the right choice's tokens, which is learnt; measured are all choices."""
+    """Trains on the negative log-likelihood of the right choice's tokens, and evaluates all choices."""
 
     encoder_kind = ChoiceEncoder
     _options: ChoiceOptions
@@ -105,15 +105,16 @@ class ChoiceModel(CausalModel):
         return super().forward(_of_choice(batch, 0) | {TARGETS: batch[TARGETS]})
 
     def measure(self, batch: Batch) -> tuple[Any, torch.Tensor]:
-        """(what is told of each question, the surprise of its right choice)."""
+        """(each question's answer as in `predict`, -log p of the right choice's tokens [batch, learnt])."""
         return self._answers(batch)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
-        """What is told of each question.
+        """The answer to each question.
 
-        `likelihood` [choices] is the log of the probability of each choice's text, `order` the choices'
-        places, `texts` what they are; `written` is what the model writes, `said` for which choice it stands
-        (-1 for none). A question without choices has `written` alone, and one that doesn't fit nothing.
+        `likelihood` [choices] is the log-probability of each choice's text, `order` the choices' indices in
+        the data, and `texts` their texts. `written` is the text that the model writes, `said` the index of
+        the choice that it means (-1 for none). A question without choices has `written` alone; one that
+        doesn't fit has an empty `written`.
         """
         return self._answers(batch)[0]
 
@@ -131,7 +132,7 @@ class ChoiceModel(CausalModel):
         return answers, surprise
 
     def _likelihood(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log p of each choice's text, float64 [batch, choices]; surprise of the first one's tokens)."""
+        """(log p of each choice's text, float64, [batch, choices]; -log p of the first choice's tokens)."""
         count, most = batch[_ORDER].shape
         surprise = torch.zeros(batch["places"].shape, device=batch["places"].device)
         for number in range(most):
@@ -144,7 +145,7 @@ class ChoiceModel(CausalModel):
         return -scored.sum(2).view(count, most), surprise[:, 0]
 
     def _words(self, prompt: torch.Tensor, answer: dict[str, Any]) -> dict[str, Any]:
-        """What the model writes, and the place in the batch of the choice that it stands for."""
+        """The text that the model writes, and the index in the batch of the choice that it means."""
         if not answer["fits"]:
             return {"written": "", "said": -1}
         written = self._written(prompt[prompt > 0] - 1)
@@ -156,7 +157,7 @@ class ChoiceModel(CausalModel):
 
 
 def _of_choice(batch: Batch, number: int) -> Batch:
-    """That choice of every question, as a language model takes it, with its own tokens as targets."""
+    """Choice `number` of every question as a batch of the language model, with its tokens as targets."""
     tensors = {name: batch[name][:, number] for name in ("input_ids", "attention_mask", "places")}
     return tensors | {TARGETS: batch[_WANTED][:, number]}
 

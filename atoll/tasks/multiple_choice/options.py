@@ -11,10 +11,11 @@ from atoll.tasks.multiple_choice.data import Reading
 
 
 class ChoiceOptions(LanguageOptions):
-    """How questions are put, and what is measured.
+    """How questions are presented, and what is measured.
 
-    `listed`: the choices stand under the question, each with its letter. `generated`: in every measurement
-    the model also writes its answers, greedily. `answers`: what an answer in the data is, where it is text.
+    `listed`: the prompt lists the choices below the question, each with its letter. `generated`: every
+    evaluation also lets the model write its answers, greedily. `answers`: what an answer in the data is, if
+    it is text: a choice's text, letter or number.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 32

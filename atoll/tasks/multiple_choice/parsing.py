@@ -1,4 +1,4 @@
-"""Which choice a text that a model wrote stands for, if for any."""
+"""Finding the choice that a text written by a model means."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LETTER = re.compile(r"\(?([A-Z])(?:\)\.?|[.:])?(?:\s+(.*))?", re.DOTALL)
 
 
 def parsed(answer: str, choices: Sequence[str], *, by_letter: bool) -> int | None:
-    """The place of the choice that is said, or None.
+    """The index of the choice that an answer means; None if it means none.
 
-    What counts is the whole text, else its first line: as a choice's text, whatever its case, blanks and full
-    stop; or, `by_letter`, as a choice's letter, alone or before its text. A text comes before a letter.
+    First the whole answer is compared, then its first line: with the choices' texts, ignoring case, spaces
+    and a full stop; then, with `by_letter`, with the choices' letters, alone or before the choice's text.
 
     >>> choices = ["Paris", "The Hague", "B"]
     >>> [parsed(said, choices, by_letter=True) for said in ("paris.", "B", "(A)", "B. The Hague", "B. Paris")]
@@ -28,7 +28,7 @@ def parsed(answer: str, choices: Sequence[str], *, by_letter: bool) -> int | Non
 
 
 def _by_text(answer: str, choices: Sequence[str]) -> int | None:
-    """The only choice with this very text, else the only one with this text but for case and full stop."""
+    """The index of the only choice with this text, else of the only one that is equal by `_plain`."""
     for form in (str.strip, _plain):
         places = [place for place, choice in enumerate(choices) if form(choice) == form(answer)]
         if len(places) == 1:

@@ -1,9 +1,10 @@
-"""Multiple choice: of a question's choices the right one's text is learnt, as a language model's answer.
+"""Multiple choice: trains a language model to answer a question with the right choice's text.
 
-Loss: that of language modelling on the right choice's text and the token that ends it. Measured is which
-choice is the likeliest: by the sum of its tokens' log-probabilities, and by that sum divided by the bytes of
-the choice's text, as the LM Evaluation Harness's `acc` and `acc_bytes` (Gao et al. 2024; its `acc_norm`
-divides by characters, of which ASCII has as many). And which one the model writes, greedily.
+Loss: that of language modelling on the right choice's text and its end token. Metrics: whether the right
+choice is the most likely one, by the sum of its tokens' log-probabilities, and by this sum divided by the
+number of bytes of the choice's text, as the LM Evaluation Harness's `acc` and `acc_bytes` (Gao et al. 2024;
+its `acc_norm` divides by characters, which is the same for ASCII); and whether the model writes the right
+choice by greedy decoding.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A question's choices as tokens, in the data's order, and the tokens that ask for an answer."""
+    """A question as tokens: its prompt, and its choices in the data's order."""
 
     prompt: tuple[int, ...]
     choices: tuple[Choice, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether every choice is there to its end, and behind a first token, which nothing foretells."""
+        """Whether no choice is cut off, and none starts at the first token, which has no prediction."""
         return not any(choice.tokens.is_cut or choice.scored[0] for choice in self.choices)
 
 
 @dataclass(frozen=True)
 class MultipleChoice(LanguageModeling):
-    """Targets are those of language modelling, of the right choice alone."""
+    """Multiple choice; targets are those of language modelling, for the right choice alone."""
 
     info_fields = ()
 
@@ -114,7 +115,7 @@ class MultipleChoice(LanguageModeling):
         """Every row as tokens, in the order of the rows.
 
         Raises:
-            DataError: the template doesn't take one of them.
+            DataError: the chat template refuses a row.
         """
         rows = zip(dataset["question"][:], dataset["choices"][:], strict=True)
         return [self._question(*row, f"question {number}") for number, row in enumerate(rows, start=1)]
@@ -128,7 +129,7 @@ class MultipleChoice(LanguageModeling):
         return Question(tuple(self.prompt_tokens(prompt, where)), tuple(choices))
 
     def prompt(self, question: str, texts: Sequence[str]) -> str:
-        """A question with its choices below it, a line each, unless the job has them told by the model alone.
+        """The prompt: the question, followed by one line for each choice if the job has `listed`.
 
         >>> MultipleChoice(options=ChoiceOptions(template="")).prompt("Where?", ["Here", "There"])
         'Where?\\nA. Here\\nB. There\\nAnswer:'
@@ -140,9 +141,9 @@ class MultipleChoice(LanguageModeling):
         return "\n".join(([question] if question else []) + lines + asks)
 
     def _chosen(self, prompt: str, text: str, where: str) -> tuple[Rendered, Span]:
-        """A choice behind its question, and the characters whose likelihood is the choice's.
+        """(the prompt with a choice as answer, the characters whose likelihood counts as the choice's).
 
-        Without a template a blank stands before it, which the choice's first token writes.
+        Without a template the choice starts with a space, which is part of its first token.
         """
         if self.template is None:
             rendered = joined(prompt, f" {text}")
@@ -157,10 +158,10 @@ class MultipleChoice(LanguageModeling):
         return rendered, (place, place + len(text))
 
     def parse_input(self, line: str) -> Batch:
-        """A question alone, or a JSON object with `question` and `choices`.
+        """A question from a text or file: plain text, or a JSON object with `question` and `choices`.
 
         Raises:
-            DataError: it can't be read, is empty, has no sound choices, or the template doesn't take it.
+            DataError: it can't be read, is empty, its choices are invalid, or the chat template refuses it.
         """
         text = read_text_input(line)
         if not text.lstrip().startswith("{"):
@@ -197,7 +198,7 @@ class MultipleChoice(LanguageModeling):
         return MetricCollection(by_name, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """(log-likelihoods and bytes of choices [n, choices], what was said [n], whether all fits [n])."""
+        """(log-likelihoods and bytes of choices, both [n, choices]; written choice [n]; `fits` [n])."""
         most = max(len(answer["texts"]) for answer in predictions)
         likelihood = torch.full((len(predictions), most), -torch.inf, dtype=torch.float64)
         size = torch.ones((len(predictions), most), dtype=torch.int64)
@@ -212,7 +213,7 @@ class MultipleChoice(LanguageModeling):
 
 
 def _in_words(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of a question: the likeliest choice, each one's log-likelihood, and what was written."""
+    """An answer for `atoll predict`: the most likely choice, all log-likelihoods, and what was written."""
     written = {"written": answer["written"]} if "written" in answer else {}
     if not answer["texts"]:
         return {"label": answer["written"]}

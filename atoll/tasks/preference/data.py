@@ -1,4 +1,4 @@
-"""What a client holds: `prompt`, `chosen` and `rejected`, as texts or as messages (TRL's formats)."""
+"""Data of preferences: `prompt`, `chosen` and `rejected`, as texts or as messages (TRL's formats)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OF_MESSAGES: dict[str, Callable[[Any, str], Any]] = {
 
 @dataclass(frozen=True)
 class Preferences(Schema):
-    """Rows of one form: where what is chosen are messages, all is read as such, else as texts."""
+    """A schema of preferences: if `chosen` holds messages, all columns are read as such, else as texts."""
 
     def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
         name = self._column(rows, _ROLES["chosen"], data)
@@ -43,7 +43,7 @@ class Preferences(Schema):
 
 
 def _holds_messages(rows: Rows, column: str) -> bool:
-    """Whether the first cell is a list, also one written as JSON."""
+    """Whether the first non-empty cell is a list of messages, or JSON text of one."""
     first = next((cell for cell in values_of(rows, column).to_pylist() if cell), None)
     if not isinstance(first, str):
         return isinstance(first, list)
@@ -55,7 +55,7 @@ def _holds_messages(rows: Rows, column: str) -> bool:
 
 
 def _prefer_nothing(dataset: Dataset) -> str | None:
-    """Pairs that are equal teach nothing, and are measured as wrong."""
+    """A remark on pairs with equal completions: they have no gradient, and count as wrong."""
     pairs = zip(dataset.cells("chosen"), dataset.cells("rejected"), strict=True)
     count = sum(chosen == rejected for chosen, rejected in pairs)
     return (

@@ -1,4 +1,4 @@
-"""How much better than the rejected completion the chosen one is held to be; sums add up over clients."""
+"""Reward margin and accuracy of preferences, with sums that add up over clients."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from atoll.tasks.mean_metric import Mean
 
 
 class RewardMargin(Mean):
-    """The mean of the chosen one's reward less the rejected one's."""
+    """The mean of the chosen completion's reward minus the rejected one's."""
 
     higher_is_better = True
 
     def update(self, rewards: torch.Tensor, real: torch.Tensor) -> None:
-        """Count pairs: `rewards` [n, 2] of chosen and rejected, `real` [n] where both are there."""
+        """Count pairs: `rewards` [n, 2] of chosen and rejected; pairs with `real` [n] of 0 are left out."""
         margin = rewards[:, 0].to(torch.float64) - rewards[:, 1].to(torch.float64)
         self.score += (margin * real).sum()
         self.total += real.sum()
 
 
 class PreferenceAccuracy(Mean):
-    """The share of pairs whose chosen one has the higher reward; equal ones are wrong, as with TRL."""
+    """The share of pairs in which the chosen completion has the higher reward; ties are wrong, as in TRL."""
 
     higher_is_better = True
 

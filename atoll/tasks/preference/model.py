@@ -1,4 +1,4 @@
-"""Causal models that say how much likelier than before training a completion has become."""
+"""Causal models for DPO: the log-ratio of a completion's probabilities now and before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHOSEN, _REJECTED = "chosen", "rejected"
 
 
 def prepared_pair(chosen: Tokens, rejected: Tokens) -> Batch:
-    """A pair as shards hold it."""
+    """A pair as an element of a shard's inputs."""
     return {
         f"{side}.{name}": tensor
         for side, tokens in ((_CHOSEN, chosen), (_REJECTED, rejected))
@@ -29,7 +29,7 @@ def prepared_pair(chosen: Tokens, rejected: Tokens) -> Batch:
 
 
 class PairEncoder(CausalEncoder):
-    """Pairs in one batch, or prompts alone as a language model takes them."""
+    """Collates pairs, or prompts alone as for language modelling."""
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
         """`input_ids` and `attention_mask` [batch, 2, tokens]; `places` and `wanted` [batch, 2, learnt]."""
@@ -45,10 +45,10 @@ class PairEncoder(CausalEncoder):
 
 
 class PairModel(CausalModel):
-    """The log of how much likelier each completion of a pair is than to the model before the first round.
+    """Predicts, for each completion of a pair, its log-probability minus the reference model's.
 
-    That one is the reference: the same network with the tuned tensors as they were (under LoRA these are
-    adapters that add nothing), so there is no second copy of what is frozen.
+    The reference is the model before the first round: the same network with the initial values of its tuned
+    tensors (with LoRA, adapters that add nothing). So frozen tensors aren't stored twice.
     """
 
     encoder_kind = PairEncoder
@@ -63,24 +63,24 @@ class PairModel(CausalModel):
         self._start[f"{name}.weight"] = layer.get_parameter("weight").detach().clone()
 
     def forward(self, batch: Batch, is_reference: bool = False) -> torch.Tensor:
-        """log p(completion) - log p(completion) of the reference, [batch, 2]: of chosen and rejected."""
+        """log p - log p of the reference, [batch, 2]: for the chosen and the rejected completion."""
         if is_reference:
             return self._log_likelihood(batch)
         return self._log_likelihood(batch) - self.reference(batch)
 
     def reference(self, batch: Batch) -> torch.Tensor:
-        """log p of each completion before the first round, [batch, 2]; no gradient and no dropout."""
+        """log p of each completion under the reference, [batch, 2], without gradient and dropout."""
         start = {name: t.to(batch["input_ids"].device) for name, t in self._start.items()}
         with torch.no_grad(), _measuring(self):
             likelihoods: torch.Tensor = functional_call(self, start, (batch, True))
         return likelihoods
 
     def predict(self, batch: Batch) -> Any:
-        """The two log ratios of each pair; of prompts, what the model writes on."""
+        """The log-ratios of pairs, [batch, 2]; for prompts, the texts that the model writes after them."""
         return self(batch) if WANTED in batch else self.written(batch)
 
     def measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The log ratios, which metrics and loss both take."""
+        """The log-ratios [batch, 2], once for metrics and once for the loss."""
         ratios = self(batch)
         return ratios, ratios
 
@@ -93,7 +93,7 @@ class PairModel(CausalModel):
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Within, no layer draws anything."""
+    """Within, all layers are in evaluation mode, so that nothing is random."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,9 +1,9 @@
-"""Preferences: of two completions of a prompt, the chosen one is to be likelier than the rejected one.
+"""Preference learning by direct preference optimisation (DPO): prefers chosen to rejected completions.
 
-Loss: direct preference optimisation (Rafailov et al. 2023, equation 7), -log sigmoid of the margin of
-rewards, the mean over pairs. A completion's reward is beta times the log of how much likelier it is than to
-the reference, which is the model before the first round. A pair whose prompt leaves no room for a completion
-says nothing: it adds nothing to the loss, and isn't measured.
+Loss (Rafailov et al. 2023, equation 7): -log sigmoid of the margin of rewards, the mean over pairs. A
+completion's reward is beta times its log-probability minus that under the reference model, which is the model
+before the first round. A pair whose prompt leaves no room for a completion adds nothing to the loss and isn't
+measured.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 Pair = tuple[Tokens, Tokens]
-"""What is chosen and what is rejected, each with its prompt."""
+"""(the chosen, the rejected) completion, each as tokens with its prompt."""
 
 
 class PreferenceOptions(LanguageOptions):
-    """`beta`: how strongly the model is held to the reference, the higher the more."""
+    """Options of language modelling, and `beta`: the higher, the closer the model stays to the reference."""
 
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
 
 
 @dataclass(frozen=True)
 class Preference(LanguageModeling):
-    """Targets are [n]: 1 where both completions have a token to be told by, else 0."""
+    """Preference learning; targets are [n]: 1 if both completions have a token to score, else 0."""
 
     info_fields = ()
 
@@ -88,7 +88,7 @@ class Preference(LanguageModeling):
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
     def pairs(self, dataset: Dataset) -> list[Pair]:
-        """Every row as tokens, in the order of the rows; raises as `tokens` does."""
+        """Every row as a pair, in the order of the rows; raises as `tokens` does."""
         prompts = dataset["prompt"][:] if "prompt" in dataset.column_names else [None] * len(dataset)
         rows = zip(prompts, dataset["chosen"][:], dataset["rejected"][:], strict=True)
         return [self._pair(*row, f"pair {number}") for number, row in enumerate(rows, start=1)]
@@ -113,7 +113,7 @@ class Preference(LanguageModeling):
         return self._answered(asked(prompt), [{"role": ASSISTANT, "content": answer}], where)
 
     def _answered(self, before: Messages, messages: Messages, where: str) -> Rendered:
-        """A conversation, of which what the assistant says after `before` is learnt."""
+        """A conversation in which only the assistant's turns after `before` are trained on."""
         rendered = self.conversation([*before, *messages], where)
         known = sum(message["role"] == ASSISTANT for message in before)
         return Rendered(rendered.text, rendered.learnt[known:], rendered.is_templated)
@@ -146,12 +146,12 @@ class Preference(LanguageModeling):
         return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """(rewards [n, 2], whether there is something to tell by [n])."""
+        """(rewards [n, 2], targets [n])."""
         return self.options.beta * predictions.cpu(), targets
 
 
 def _shared(chosen: Messages, rejected: Messages) -> int:
-    """With how many messages both begin alike; the last one of neither is among them."""
+    """The number of leading messages that are equal in both, without the last message of either."""
     most = min(len(chosen), len(rejected)) - 1
     return next((place for place in range(most) if chosen[place] != rejected[place]), most)
 

@@ -1,1 +1,1 @@
-"""Recommendation of the next item."""
+"""Recommendation: predicts the next item of a user's history."""

@@ -1,8 +1,7 @@
-"""Who did what when, as a history for each user: items in the order of time.
+"""Building a history of items for each user, sorted by time, from a table of interactions.
 
-The last item of each history is what is predicted: of the test part the very last, and of a client's own
-data the one before it (leave one out, as in Kang and McAuley 2018), so nothing that is measured was
-trained on.
+The last item of each history is the one to predict: in the test part a user's last item, and in a client's
+data the one before it (leave-one-out, as in Kang and McAuley 2018), so items to predict are never trained on.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from atoll.job.section import Count, Section
 from atoll.tasks.moments import MomentReader, in_time
 
 MIN_INTERACTIONS = 4
-"""Items of a history that is used: two to learn from, one to measure on, one to test on."""
+"""The shortest history that is used: two items to train on, one to validate on, one to test on."""
 
 
 class RecommendOptions(Section):
-    """`task.options` of recommendation: how far back a history goes, and how many items are proposed.
+    """`task.options` of recommendation: the length of histories, and the number `top` of recommended items.
 
-    With `repeats` items that are in the history already may be among them. `texts` are those of the items
-    that `data.classes` names, in its order; where they aren't given they are those of the data.
+    With `repeats`, items of the history may be recommended again. `texts` are the texts of the items in
+    `data.classes`, in its order; by default those of the data.
     """
 
     length: Annotated[int, Field(ge=4, le=2_000)] = 50
@@ -38,7 +37,7 @@ class RecommendOptions(Section):
 
 
 def events(time_format: str | None = None) -> Schema:
-    """A row for each thing done; to be used for one reading."""
+    """The schema of a table with one row per interaction; use a new one for each reading."""
     return Schema(
         (
             SchemaField(
@@ -67,20 +66,20 @@ HISTORIES = Schema(
         SchemaField("texts", _TEXTS, pa.list_(pa.string()), required=False),
     ),
 )
-"""A row for each user; texts are those of the items, in the same order."""
+"""The schema of a table with one row per user; `texts` has a text for each of `items`."""
 
 
 def histories_of(
     table: pa.Table, length: int, origin: str, diagnostics: Diagnostics, *, hold_out: bool
 ) -> dict[str, pa.Table]:
-    """Events as histories of the last `length` items to learn from, and as longer ones to test on.
+    """Tables of histories for "train" and, with `hold_out`, "test", from a table of interactions.
 
-    How many users and events are left out is counted.
-
-    Columns that are constant for a user (a shop) stay; rows of one user at one time keep their order.
+    A history has at most `length` items, and after them the one to predict. Users and rows that are left out
+    are counted in `diagnostics`. Columns that are constant for each user (a shop) are kept; rows of a user
+    with equal times keep their order.
 
     Raises:
-        DataError: no user has enough of them.
+        DataError: no user has enough interactions.
     """
     rows = sorted(table.to_pylist(), key=lambda row: (row["user"], in_time(str(row["time"]))))
     users: dict[str, list[dict[str, Any]]] = {}
@@ -110,7 +109,7 @@ def _count(
     most: int,
     diagnostics: Diagnostics,
 ) -> None:
-    """Count the rows, of which a user's last `most` are used, and the users."""
+    """Count used and unused users and rows in `diagnostics`; of each user the last `most` rows are used."""
     few, used = (
         f"with fewer than {MIN_INTERACTIONS} rows",
         sum(min(len(rows), most) for rows in histories.values()),

@@ -1,9 +1,8 @@
-"""A transformer over a user's items, after SASRec (Kang and McAuley 2018, "Self-Attentive Sequential
-Recommendation"), trained by the full softmax over items at every place.
+"""SASRec (Kang and McAuley 2018, "Self-Attentive Sequential Recommendation"), trained with a full softmax.
 
-An item's vector is its own, and, where items have texts and the job names a text encoder, also a
-projection of the text's features, so that items that few clients know share what is known of others.
-The same vectors read the history and rank what comes next.
+The softmax is over all items at every position. An item's vector is an embedding; if the job names a text
+encoder and items have texts, a projection of the text's features is added, so that rare items profit from
+items with similar texts. The same vectors are used for the history and for scoring the next item.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class SasRecOptions(Section):
 
 
 class Items(nn.Module):
-    """Vectors of items, [items + 1, width]; the last is of no item."""
+    """The vectors of all items, [items + 1, width]; the last one stands for padding."""
 
     texts: torch.Tensor | None
 
@@ -51,7 +50,7 @@ class Items(nn.Module):
         self.of_text = None if texts is None else nn.Linear(texts.shape[1], width, bias=False)
 
     def forward(self) -> torch.Tensor:
-        """All items' vectors."""
+        """All vectors, [items + 1, width]."""
         if self.of_text is None:
             return self.own.weight
         vectors: torch.Tensor = self.own.weight + self.of_text(self.texts)
@@ -59,7 +58,7 @@ class Items(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention to what came before, then two linear layers, each beside a way around."""
+    """A transformer block: causal self-attention, then a feed-forward layer, both residual."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ class Block(nn.Module):
         self._heads = heads
 
     def forward(self, states: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """`states` [batch, length, width]; `seen` [batch, 1, length, length] says who looks at whom."""
+        """States [batch, length, width]; `seen` [batch, 1, length, length] is the attention mask."""
         batch, length, width = states.shape
         parts = self.asked(self.before(states)).reshape(batch, length, 3, self._heads, -1)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
@@ -85,7 +84,7 @@ class Block(nn.Module):
 
 
 class SasRec(nn.Module):
-    """Histories to a state at each place, [batch, length, width]."""
+    """Maps histories to a state at each position, [batch, length, width]."""
 
     def __init__(self, items: Items, length: int, known: SasRecOptions) -> None:
         super().__init__()
@@ -97,11 +96,11 @@ class SasRec(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, history: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """`history` [batch, length] holds items' numbers, no items (the highest number) in front."""
+        """The states of `history` [batch, length], items' numbers padded in front with the highest number."""
         length, none = history.shape[1], len(vectors) - 1
         states = vectors[history] + self.places.weight[-length:]
         earlier = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
-        # A place without an item sees itself alone: attention to nothing would not be a number.
+        # Padding attends to itself, because a softmax over no positions would be NaN.
         itself = torch.eye(length, dtype=torch.bool, device=history.device)
         seen = earlier & ((history != none).unsqueeze(1) | itself)
         for layer in self.layers:
@@ -111,7 +110,7 @@ class SasRec(nn.Module):
 
 
 class HistoryEncoder(Encoder):
-    """Histories of items' names as rows of their numbers, padded in front."""
+    """Encodes histories of items' names as rows of item numbers, padded in front."""
 
     def __init__(self, model: SasRec, length: int, items: Sequence[str]) -> None:
         super().__init__()
@@ -121,7 +120,7 @@ class HistoryEncoder(Encoder):
         self._numbers = {item: number for number, item in enumerate(items)}
 
     def preprocess(self, inputs: Sequence[Sequence[str]]) -> list[torch.Tensor]:
-        """Items that nobody knew when the run began are left out."""
+        """The numbers of each history's last items; items that aren't in the run's list are left out."""
         known = [[self._numbers[item] for item in history if item in self._numbers] for history in inputs]
         return [torch.tensor(numbers[-self._length :], dtype=torch.int64) for numbers in known]
 
@@ -133,14 +132,14 @@ class HistoryEncoder(Encoder):
 
 
 class Recommender(Model):
-    """Scores of all items after each place of a history."""
+    """Predicts scores of all items as the next item, after each position of a history."""
 
     def __init__(self, backbone: HistoryEncoder, head: nn.Module, *, repeats: bool) -> None:
         super().__init__(backbone, head)
         self._repeats = repeats
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[batch, length, items]; the last place says what comes next."""
+        """Scores [batch, length, items]; those at the last position are for the item after the history."""
         network = self.backbone.model
         assert isinstance(network, SasRec)
         vectors = network.items()
@@ -148,7 +147,7 @@ class Recommender(Model):
         return scores
 
     def predict(self, batch: Batch) -> torch.Tensor:
-        """Scores of what comes next, [batch, items]; items that are in the history are not proposed again."""
+        """Scores of the next item, [batch, items]; -inf for items of the history unless `repeats` is set."""
         scores = self.forward(batch)[:, -1]
         if self._repeats:
             return scores
@@ -160,10 +159,10 @@ class Recommender(Model):
 def load_recommender(
     backbone: Backbone, job: Job, options: RecommendOptions, items: Sequence[str], texts: Sequence[str]
 ) -> Recommender:
-    """Build the network over these items, with its resolved weights.
+    """The network for these items, with its resolved weights.
 
     Raises:
-        WeightsError, ConfigError: the backbone isn't one for histories, or its weights don't fit.
+        WeightsError, ConfigError: the backbone doesn't read histories, or its options or weights don't fit.
     """
     if (backbone.kind, backbone.name) != ("atoll", NETWORK):
         raise WeightsError(
@@ -185,11 +184,11 @@ def load_recommender(
 
 
 def _text_features(name: str, job: Job, texts: Sequence[str]) -> torch.Tensor:
-    """Frozen features of the items' texts, of length 1; zeros for no item."""
+    """Frozen features of the items' texts, normalised to length 1, and a row of zeros for padding."""
     if not any(texts):
         raise ConfigError("backbone.options.text: the items have no texts, expected a column item_text")
     section = BackboneSection(name=name, offline=job.backbone.offline, max_tokens=32)
     encoder = load_text_encoder(resolve(section, job.seed), section, job.seed)
-    # An empty text has no words to look at: a dot stands for it.
+    # An empty text has no tokens, so it is replaced by a dot.
     features = extract(encoder, [text or "." for text in texts], threads=job.train.threads, device="cpu")
     return torch.cat([nn.functional.normalize(features, dim=1), torch.zeros(1, features.shape[1])])

@@ -1,7 +1,7 @@
-"""Recommendation from histories: what a user takes next, ranked among all items.
+"""Sequential recommendation: ranks all items by how likely they are a user's next one.
 
-A history never leaves its client; what travels are the vectors of items and the network's weights, and
-the names of the items, which all must agree on. A network has no vector of any user.
+Histories never leave their client. Clients and server exchange the items' vectors and the network's weights,
+and before training the names of the items. The network has no parameters of single users.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 IGNORE_INDEX = -100
-"""A target that isn't there: in front of a short history."""
+"""The target at padding in front of a short history."""
 
 MOST_ITEMS = 200_000
 TEXTS = InfoField(
@@ -50,15 +50,15 @@ TEXTS = InfoField(
     MOST_ITEMS,
 )
 UNREAD_TEXTS = InfoField("texts", "public", holds="texts", at_most=MOST_ITEMS)
-"""Under a promise they are made of no rows, and so empty unless the job gives them."""
+"""The field of texts that the network doesn't read; with silent greetings they are empty or the job's."""
 
 UNKNOWN = -1
-"""A target that no client knew when the run began: it can't be proposed, and counts as missed."""
+"""The target for an item that isn't in the run's list: it can't be recommended, and counts as missed."""
 
 
 @dataclass(frozen=True)
 class Recommendation(Task):
-    """Targets are [n, length]: the item after each place; the last place is only measured on."""
+    """Recommendation; targets are [n, length], the item after each position; the last isn't trained on."""
 
     name: str = "recommendation"
     summary: str = "what a user takes next; SASRec, with items' texts where there are; HR@10, NDCG@10"
@@ -81,7 +81,7 @@ class Recommendation(Task):
             )
 
     def info_fields_for(self, job: Job) -> Sequence[InfoField]:
-        """The items, and their texts where the network reads them; else no text is told that isn't given."""
+        """The fields of items and of their texts, which are public if the network doesn't read them."""
         read = "text" in job.backbone.options
         return (*class_fields("items", "items", MOST_ITEMS), TEXTS if read else UNREAD_TEXTS)
 
@@ -96,7 +96,7 @@ class Recommendation(Task):
     def _gathered(
         self, source: Path, data: DataSection, table: Options, diagnostics: Diagnostics
     ) -> dict[str, pa.Table]:
-        """Histories, as they are there or made of events; the last item of each is held out for the test."""
+        """The tables of histories at a path: as they are stored there, or built from interactions."""
         length = options_of(table, RecommendOptions).length
         if HISTORIES.has(source, "user", "items"):
             return HISTORIES.gather(source, data, diagnostics)
@@ -125,7 +125,7 @@ class Recommendation(Task):
         return HISTORIES.keys(dataset)
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The items and their texts: those the job gives, or else those of the data, sorted."""
+        """The items and their texts: those of the job in its order, else those of the data, sorted."""
         rows = dataset[:]
         texts: dict[str, str] = {}
         for items, item_texts in zip(rows["items"], rows.get("texts") or [()] * len(dataset), strict=True):
@@ -139,7 +139,11 @@ class Recommendation(Task):
         return {"items": pinned, "texts": known, "pinned": True}
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """Pinned items as they are, else the sorted union; an item's text is the first that is there."""
+        """The job's items, else the sorted union of the clients'; an item's text is the first non-empty one.
+
+        Raises:
+            ConfigError: there are fewer than two items.
+        """
         texts: dict[str, str] = {}
         for one in data_info:
             for name, text in zip(one["items"], one["texts"], strict=True):
@@ -166,12 +170,12 @@ class Recommendation(Task):
     def split(
         self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Every history on both sides: its last item is only measured on."""
+        """All rows for training, and all for validation unless `fraction` is 0: last items are held out."""
         rows = list(range(len(shard)))
         return rows, rows if fraction else []
 
     def parse_input(self, text: str) -> Any:
-        """Items of a history, oldest first, with commas between them."""
+        """The items of a history, oldest first, from a text in which they are separated by commas."""
         items = [item.strip() for item in text.split(",") if item.strip()]
         if not items:
             raise DataError(f"input {text!r}: expected items with commas between them, oldest first")
@@ -181,7 +185,7 @@ class Recommendation(Task):
         return load_recommender(backbone, job, self.options, data_info["items"], data_info["texts"])
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the next item at every place but the last, the mean over a history's places."""
+        """Cross-entropy of the next item, the mean over a history's positions except the last."""
         return surprise(outputs[:, :-1], targets[:, :-1])
 
     def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -189,7 +193,7 @@ class Recommendation(Task):
         return surprise(outputs[:, -1:], targets[:, -1:])
 
     def num_with_target(self, targets: torch.Tensor) -> int:
-        """How many of the last items are known to the model."""
+        """The number of last items that are in the run's list of items."""
         return int((targets[:, -1] != UNKNOWN).sum())
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
@@ -201,7 +205,7 @@ class Recommendation(Task):
         return MetricCollection({"hit_rate": HitRate(top), "ndcg": Ndcg(top)}, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """The rank of what came next among all items; half of its equals stand before it."""
+        """The rank of the true next item among all items, [n]; half of those with equal scores precede it."""
         last = targets[:, -1].to(predictions.device)
         target_scores = predictions.gather(1, last.clamp_min(0).unsqueeze(1))
         better, equal = (predictions > target_scores).sum(1), (predictions == target_scores).sum(1) - 1
@@ -209,7 +213,7 @@ class Recommendation(Task):
         return (torch.where(last == UNKNOWN, predictions.shape[1], ranks).cpu(),)
 
     def naive_baselines(self, shard: Shard, data_info: DataInfo) -> dict[str, Any]:
-        """What is in most histories, for everybody."""
+        """The most popular items as predictions: scores are the number of histories with the item."""
         index = {name: number for number, name in enumerate(data_info["items"])}
         counts = torch.zeros(len(index))
         known = [[index[item] for item in history if item in index] for history in shard.inputs]
@@ -222,7 +226,7 @@ class Recommendation(Task):
         return {"most_popular": scores}
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The best items, and their share of the softmax."""
+        """The `top` items with the highest scores, and their softmax probabilities."""
         rows = []
         for scores in torch.softmax(predictions, dim=1):
             best = torch.topk(scores, min(self.options.top, len(scores)))

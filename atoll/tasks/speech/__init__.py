@@ -1,1 +1,1 @@
-"""Speech recognition with CTC."""
+"""Speech recognition with connectionist temporal classification (CTC)."""

@@ -1,4 +1,4 @@
-"""Recognisers: what a network hears at each frame, as scores of letters."""
+"""CTC models: predict logits of letters at each frame of a recording."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from atoll.job.job import Job
 from atoll.protocol.random_streams import global_stream
 
 MASKED_LOGIT = -1e4
-"""The score of letters in frames of padding, where the blank has 0."""
+"""The logit of letters in frames of padding, where the blank's logit is 0."""
 
 
 class Recogniser(Model):
-    """Scores of letters at each frame."""
+    """Predicts logits of letters at each frame."""
 
     def __init__(
         self,
@@ -31,39 +31,40 @@ class Recogniser(Model):
         self._letters = letters
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[batch, frames, symbols]; frames of padding say blank for certain, which changes no likelihood."""
+        """Logits [batch, frames, symbols]; frames of padding predict blank, which changes no likelihood."""
         states, count = self.backbone(batch)
         assert isinstance(self.backbone, SoundEncoder)
-        # Under LoRA the layer in the network may have become another, with factors beside it.
+        # LoRA may have replaced the layer inside the network by a wrapper with its factors.
         inside = self.backbone.letters
         scores: torch.Tensor = (self.head if inside is None else inside)(states)
         padding = _padding(scores, self._letters.blank)
         return torch.where(real_frames(states, count).unsqueeze(2), scores, padding)
 
     def predict(self, batch: Batch) -> list[str]:
-        """What is heard, in lower case."""
+        """The recognised texts, in lower case."""
         return self._letters.texts(self.forward(batch))
 
 
 def _padding(scores: torch.Tensor, blank: int) -> torch.Tensor:
-    """The row of scores of a frame that isn't there."""
+    """The logits of a frame of padding, [symbols]."""
     row = torch.full_like(scores[0, 0], MASKED_LOGIT)
     row[blank] = 0.0
     return row
 
 
 def real_counts(scores: torch.Tensor, blank: int) -> torch.Tensor:
-    """How many frames of each recording aren't padding, [batch]."""
+    """The number of frames of each recording that aren't padding, [batch], from logits."""
     return (scores != _padding(scores, blank)).any(2).sum(1)
 
 
 def load_recogniser(backbone: Backbone, job: Job, letters: CtcVocabulary, max_seconds: float) -> Recogniser:
-    """Build the network with its resolved weights; its head is its output layer.
+    """The network with its resolved weights; its head is its output layer.
 
-    Whisper's encoder has none, and a checkpoint may lack it (wav2vec2-base): a fresh one then.
+    A new output layer is made for Whisper's encoder, which has none, and for checkpoints without one
+    (wav2vec2-base).
 
     Raises:
-        WeightsError: it doesn't hear, or its weights don't fit.
+        WeightsError: the network reads no audio, or its weights don't fit.
     """
     encoder = load_sound_encoder(backbone, job, max_seconds, letters.size)
     head, loaded = encoder.letters, frozenset[str]()

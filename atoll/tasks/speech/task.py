@@ -1,7 +1,7 @@
-"""Speech recognition: a recording, and what was said.
+"""Speech recognition: transcribes recordings.
 
-Loss: connectionist temporal classification (Graves et al. 2006) over each transcript's letters, the mean
-of what a letter costs, then over transcripts.
+Loss: connectionist temporal classification (Graves et al. 2006), each transcript's loss divided by its number
+of letters, then the mean over transcripts.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-"""A target that isn't there: behind a short transcript."""
+"""The target at padding after a transcript."""
 
 
 class SpeechOptions(Section):
-    """`task.options` of speech recognition: how long a recording may be, and what is written.
+    """`task.options` of speech recognition: the longest recording in seconds, and the letters to write.
 
-    `letters` are those of a fresh output layer, in any order; without them they are the English ones.
+    `letters` are those of a new output layer, in any order; by default the English ones.
     """
 
     max_seconds: Positive = 20.0
@@ -63,7 +63,7 @@ class SpeechOptions(Section):
 
 
 def recordings(options: SpeechOptions) -> Schema:
-    """A row for each recording."""
+    """The schema of a table with one row per recording."""
     return Schema(
         (
             audio_role(options.max_seconds),
@@ -73,7 +73,7 @@ def recordings(options: SpeechOptions) -> Schema:
 
 
 def audio_role(max_seconds: float) -> SchemaField:
-    """A recording; a longer one than the job allows is refused."""
+    """The schema field of a recording of at most `max_seconds`; longer ones are errors."""
 
     def sound(data: Any, where: str) -> None:
         checked_sound(data, where, max_seconds)
@@ -82,15 +82,15 @@ def audio_role(max_seconds: float) -> SchemaField:
 
 
 def audio_inputs(dataset: Dataset, order: Sequence[int]) -> LazyRows:
-    """The recordings of those rows, read when they are asked for."""
+    """The bytes of the recordings in the given rows, read lazily."""
     return LazyRows(LazyColumn(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
 
 
 def read_audio_input(text: str, max_seconds: float) -> bytes:
-    """The bytes of a WAV or FLAC file.
+    """The bytes of a WAV or FLAC file of at most `max_seconds`.
 
     Raises:
-        DataError: it can't be read, or is too long.
+        DataError: the file can't be read, or is too long.
     """
     data = file_bytes({"bytes": None, "path": text}, "audio")
     checked_sound(data, shown(text), max_seconds)
@@ -106,7 +106,7 @@ def _transcript(cell: Any, where: str) -> str:
 
 @dataclass(frozen=True)
 class SpeechRecognition(SchemaTask):
-    """Targets are [n, longest]: the code points of each transcript, in lower case without punctuation."""
+    """Speech recognition; targets are [n, longest]: the code points of each normalised transcript."""
 
     info_fields = ()
 
@@ -140,7 +140,7 @@ class SpeechRecognition(SchemaTask):
     def notes_on(
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
-        """What of the transcripts that network can't write."""
+        """A line about the letters in transcripts that the backbone's output layer lacks, if any."""
         letters = letters_of(backbone, options_of(options, SpeechOptions).letters)
         table = self.read(source, data, options)
         transcripts = [
@@ -180,7 +180,7 @@ class SpeechRecognition(SchemaTask):
         letters = [self._letters.coded(text) for text in from_code_points(targets)]
         lengths = torch.tensor([len(one) for one in letters])
         coded = torch.tensor([number for one in letters for number in one], dtype=torch.int64)
-        # Padding would let the letters of a transcript that is too long for its recording be said there.
+        # With padding, a transcript too long for its recording could be aligned with frames of padding.
         frames = real_counts(outputs, self._letters.blank)
         likelihoods = outputs.log_softmax(2).transpose(0, 1)
         each = nn.functional.ctc_loss(
@@ -195,7 +195,7 @@ class SpeechRecognition(SchemaTask):
         return MetricCollection({"wer": WordErrorRate(), "cer": CharErrorRate()}, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """What was heard, and what was said."""
+        """(the recognised texts, the true transcripts)."""
         return predictions, from_code_points(targets)
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:

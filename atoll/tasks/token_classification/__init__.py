@@ -1,1 +1,1 @@
-"""Token classification: a tag for each word, and the entities that tags make."""
+"""Token classification: predicts a tag for each word, and so the entities in a sentence."""

@@ -1,4 +1,4 @@
-"""CoNLL files: a word a line, its tag in the last column, an empty line between sentences."""
+"""Reading CoNLL files: one word per line with its tag in the last column, empty lines between sentences."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from atoll.errors import DataError
 
 SUFFIXES = (".conll", ".conll2003", ".bio", ".iob", ".iob2", ".bioes", ".ner", ".txt")
 DOCUMENT = "-DOCSTART-"
-"""A line of CoNLL-2003 that begins a document, and is no word."""
+"""The first word of a CoNLL-2003 line that begins a document; such a line is no word."""
 
 _SPLITS = {"test": "test", "testa": "validation", "testb": "test", "train": "train"}
 _SPLIT_NAME = re.compile(r"(?:.*[._-])?(train|test|testa|testb|dev|valid|validation|val)")
 
 
 def open_conll(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """The sentences in a CoNLL file, or in a folder of them; None where there is none.
+    """The sentences in a CoNLL file, or in a folder of such files, by split; None if there is no such file.
 
-    A folder has one such file, or some whose names say which part each is: `train.conll`, `eng.testa.txt`.
+    A folder has a single file, or several whose names contain a split: `train.conll`, `eng.testa.txt`.
 
     Raises:
-        DataError: their names don't say that.
+        DataError: there are several files, and one's name contains no split.
     """
     if path.is_file():
         return {"train": _sentences(path, diagnostics)} if path.suffix.lower() in SUFFIXES else None
@@ -53,7 +53,7 @@ def _is_conll(file: Path) -> bool:
 
 @dataclass
 class _Sentence:
-    """The words and tags of a sentence, and the line where it begins."""
+    """The words and tags of a sentence, and the number of its first line."""
 
     line: int
     words: list[str] = field(default_factory=list)
@@ -75,7 +75,7 @@ def _sentences(path: Path, diagnostics: Diagnostics) -> Rows:
 
 
 def _read(path: Path, diagnostics: Diagnostics) -> Iterator[_Sentence]:
-    """The sentences of a file; one with a bad line is left out, and the line is told."""
+    """The sentences of a file; one with an invalid line is left out, and the line is reported."""
     sentence, width, is_bad = _Sentence(1), 0, False
     for number, line in enumerate(text_lines(path, diagnostics), start=1):
         parts = _columns(line)
@@ -98,7 +98,7 @@ def _read(path: Path, diagnostics: Diagnostics) -> Iterator[_Sentence]:
 
 
 def _columns(line: str) -> Sequence[str]:
-    """The columns of a line, between tabs where there are some, else between spaces."""
+    """The columns of a line, separated by tabs if it has any, else by spaces."""
     if not line.strip():
         return ()
     return [part.strip() for part in line.strip("\r\n").split("\t")] if "\t" in line else line.split()

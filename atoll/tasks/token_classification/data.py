@@ -1,4 +1,4 @@
-"""What a client holds: sentences as lists of words, and a tag for each word."""
+"""Data of token classification: sentences as lists of words, with a tag for each word."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WORDS_EXPECTED = "a list of words, or words with spaces between them"
 
 
 def words_cell(cell: Any, where: str) -> list[str]:
-    """The words of a sentence: a list, also one written as JSON, or a text with spaces between them.
+    """The words of a sentence; the cell is a list, JSON text of a list, or words separated by spaces.
 
     >>> words_cell("Anna lives here", ""), words_cell('["New York", "calls"]', "")
     (['Anna', 'lives', 'here'], ['New York', 'calls'])
 
     Raises:
-        DataError: it is something else, holds no word or one without a letter, or is too long.
+        DataError: the cell is something else, is too long, or has no word or an empty one.
     """
     words = _listed(cell)
     if words is None or not all(isinstance(word, str) for word in words):
@@ -48,15 +48,15 @@ def words_cell(cell: Any, where: str) -> list[str]:
 
 
 def tags_cell(cell: Any, where: str, names: Sequence[str] = ()) -> list[str]:
-    """Tags, each O, a mark (B, I, E, S) with a name, or a name; written as words are.
+    """The tags of a sentence, in the same forms as its words; each is O, a name, or such as B-name.
 
-    Whole numbers are places in `names`, where these are known.
+    Integers are indices into `names`.
 
     >>> tags_cell("B-city O", ""), tags_cell([1, 0], "", ["O", "city"])
     (['B-city', 'O'], ['city', 'O'])
 
     Raises:
-        DataError: they are something else.
+        DataError: the cell is something else, or a tag is invalid.
     """
     tags = _listed(cell)
     if tags is None:
@@ -80,7 +80,7 @@ def _tag(tag: Any, where: str, names: Sequence[str]) -> str:
 
 
 def _listed(cell: Any) -> list[Any] | None:
-    """A cell's parts; None where it has none."""
+    """The parts of a cell as a list; None if it is neither a list nor text."""
     if isinstance(cell, list):
         return cell
     if not isinstance(cell, str):
@@ -114,7 +114,7 @@ _TAGS = SchemaField("tags", tags_cell, _LIST, ("ner_tags", "labels", "pos_tags",
 
 @dataclass(frozen=True)
 class Sentences(Schema):
-    """Rows of words with tags, which may be numbers where the data or the job says what these mean."""
+    """A schema of words with tags; tags may be numbers if the data or the job names the classes."""
 
     def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
         chosen, usual = chosen_name(data, "tags"), (_TAGS.name, *_TAGS.usual)

@@ -1,6 +1,7 @@
-"""Entities as spans of tags, scored as seqeval does by default, which is as conlleval.
+"""Precision, recall and F1 of entities, equal to seqeval's default mode, which is conlleval's.
 
-seqeval (Nakayama 2018, https://github.com/chakki-works/seqeval): `get_entities` says which spans there are.
+Entities are spans of tags, as found by `get_entities` of seqeval (Nakayama 2018,
+https://github.com/chakki-works/seqeval).
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from atoll.tasks.mean_metric import Mean
 IGNORED = -100
 OUTSIDE = "O"
 UNREAD = -1
-"""The number of a word's tag that a network says nothing of, for it didn't read the word."""
+"""The predicted tag of a word that the network hasn't read."""
 
 MARKS = ("B", "I", "E", "S")
-"""Begin, inside, end, single: what stands before the `-` and the entity's name."""
+"""Begin, inside, end, single: the part of a tag before the `-` and the entity's name."""
 
 
 def spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, first, last) of each span of BIO, BIOES or IO tags.
+    """(name, index of the first word, index of the last word) of each entity in BIO, BIOES or IO tags.
 
-    An I- or E- that continues nothing begins a span. A tag without a mark is inside; one without a name is
-    of an entity called "_".
+    An I- or E- tag that continues no span begins one. A tag without a mark counts as I-; the name of a tag
+    without a name is "_".
 
     >>> list(spans(["B-city", "I-city", "O", "I-day", "B-day"]))
     [('city', 0, 1), ('day', 3, 3), ('day', 4, 4)]
@@ -44,7 +45,7 @@ def spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def mark_and_name(tag: str) -> tuple[str, str]:
-    """A tag's two parts.
+    """A tag's mark (O, B, I, E or S) and its entity's name.
 
     >>> mark_and_name("B-city"), mark_and_name("city"), mark_and_name("O"), mark_and_name("I")
     (('B', 'city'), ('I', 'city'), ('O', ''), ('I', '_'))
@@ -58,9 +59,9 @@ def mark_and_name(tag: str) -> tuple[str, str]:
 
 
 class EntityMetric(Metric):
-    """Spans that were found, that are there, and both: one is found if its name, first and last word are.
+    """Counts predicted spans, true spans, and matches, which are equal in name, first and last word.
 
-    `tags` are the names behind the ids, such as "O", "B-city", "I-city".
+    `tags` are the tags by id, such as "O", "B-city", "I-city".
     """
 
     is_differentiable = False
@@ -77,9 +78,9 @@ class EntityMetric(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count the spans of tag ids [n, t], or of scores [n, t, tags]; targets of -100 are cut out.
+        """Count spans in predicted tag ids [n, t] or scores [n, t, tags], and in true tag ids [n, t].
 
-        Predictions of -1, of words that weren't read, are outside of any span.
+        Places with the target -100 are removed. A prediction of -1 (a word that wasn't read) counts as O.
         """
         if predictions.ndim == 3:
             predictions = predictions.argmax(dim=2)
@@ -95,33 +96,33 @@ class EntityMetric(Metric):
 
 
 class EntityPrecision(EntityMetric):
-    """The share of predicted spans that are there; undefined (NaN) where none is predicted."""
+    """The share of predicted spans that are right; undefined (NaN) if none is predicted."""
 
     def compute(self) -> torch.Tensor:
         return self.matched.to(torch.float64) / self.predicted
 
 
 class EntityRecall(EntityMetric):
-    """The share of true spans that are found; undefined (NaN) where there is none."""
+    """The share of true spans that are predicted; undefined (NaN) if there is none."""
 
     def compute(self) -> torch.Tensor:
         return self.matched.to(torch.float64) / self.expected
 
 
 class EntityF1(EntityMetric):
-    """Micro F1 of spans; undefined (NaN) without any span, true or predicted."""
+    """Micro F1 of spans; undefined (NaN) if no span is true or predicted."""
 
     def compute(self) -> torch.Tensor:
         return 2 * self.matched.to(torch.float64) / (self.predicted + self.expected)
 
 
 class TagAccuracy(Mean):
-    """The share of words whose tag is right."""
+    """The share of words whose tag is predicted rightly."""
 
     higher_is_better = True
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count words: tag ids [n, t]; targets of -100 are cut out, and -1 is never right."""
+        """Count words by tag ids, both [n, t]; targets of -100 are left out, predictions of -1 are wrong."""
         real = targets != IGNORED
         self.score += ((predictions == targets) & real).sum()
         self.total += real.sum()

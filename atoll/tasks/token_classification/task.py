@@ -1,7 +1,7 @@
-"""Token classification: a tag for each word of a sentence, and so which entities stand there.
+"""Token classification: predicts a tag for each word of a sentence, from the state of its first subword.
 
-Loss: cross-entropy of the tags, the mean over each sentence's own words that the network reads, then over
-sentences. A word's tag is read off its first piece.
+Loss: cross-entropy of the tags, the mean over each sentence's words that the network reads, then over
+sentences.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenClassification(SchemaTask):
-    """Targets are [n, most words]: the tag of each word."""
+    """Token classification; targets are [n, most words], each word's tag, and -100 after a sentence's end."""
 
     info_fields = class_fields("tags", "tags")
 
@@ -83,7 +83,7 @@ class TokenClassification(SchemaTask):
         return (unread,) if unread else (f"the network reads all {sum(map(len, sentences))} words",)
 
     def unread(self, sentences: Sequence[Sequence[str]]) -> str:
-        """How many words the network doesn't read, in words; nothing where it reads all."""
+        """A line that says how many words the network doesn't read; empty if it reads all."""
         coded = self._pieces.coded(sentences)
         lost = [int((one["first"] < 0).sum()) for one in coded]
         if not sum(lost):
@@ -95,21 +95,21 @@ class TokenClassification(SchemaTask):
         )
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The tags, in order: those the job names, or else those of the data, sorted.
+        """The tags: those of `data.classes` in its order, else those of the data, sorted.
 
         Raises:
-            DataError: the data has a tag that the job doesn't name.
+            DataError: the data has a tag that isn't in `data.classes`.
         """
         return named({tag for tags in dataset["tags"] for tag in tags}, data, "tags", "tag")
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
-        """The sentences whose every tag is one of the job's."""
+        """The numbers of the rows whose tags are all in `data.classes`; all rows if that isn't set."""
         known = set(pinned_names(data))
         tags = dataset["tags"][:]
         return [row for row in range(len(dataset)) if data.classes is None or known.issuperset(tags[row])]
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """Pinned tags as they are, else the sorted union.
+        """The tags of `data.classes`, else the sorted union of the clients' tags.
 
         Raises:
             ConfigError: there are fewer than two tags.
@@ -141,10 +141,10 @@ class TokenClassification(SchemaTask):
         return (".txt",)
 
     def parse_input(self, text: str) -> Any:
-        """The words of a text file or of the text itself: between spaces, or a JSON list.
+        """The words in a text file or in `text` itself, separated by spaces or as a JSON list.
 
         Raises:
-            DataError: it can't be read, or is empty.
+            DataError: the file can't be read, or there is no word.
         """
         return words_cell(read_text_input(text), f"input {text[:40]!r}")
 
@@ -175,26 +175,26 @@ class TokenClassification(SchemaTask):
         return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """The best tags as numbers; a batch is as long as its own longest sentence."""
+        """(predicted tag ids, true tag ids), both [n, words of the longest sentence]."""
         padded = nn.utils.rnn.pad_sequence(
             [_best(scores) for scores in predictions], batch_first=True, padding_value=UNREAD
         )
         return padded, targets[:, : padded.shape[1]]
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """A tag for each word, null where it wasn't read, and the places of the entities."""
+        """A tag for each word, null for words that weren't read, and the entities with their word indices."""
         return [_answer(_named(_best(scores), data_info)) for scores in predictions]
 
     def answers(
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
-        """As `format_predictions`, with the words themselves; `label` names the entities."""
+        """As `format_predictions`, with the words and each entity's text; `label` lists the entities."""
         answers = self.format_predictions(model.predict(batch), data_info)
         return [_with_words(answer, words) for answer, words in zip(answers, inputs, strict=True)]
 
 
 def _best(scores: torch.Tensor) -> torch.Tensor:
-    """The likeliest tag of each word, [words]."""
+    """The most likely tag of each word, [words], and -1 for words that weren't read."""
     best = scores[:, :-1].argmax(1)
     return best.masked_fill(scores[:, -1] == 0, UNREAD).cpu()
 

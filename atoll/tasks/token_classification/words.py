@@ -1,7 +1,7 @@
-"""Networks that read a sentence's words: its pieces, and where each word begins.
+"""Encoders of sentences given as words, which track the first subword of each word.
 
-The encoder is one of transformers' (BERT, MiniLM, …), or `atoll:small-text`: pieces, places and a
-transformer, without weights.
+The encoder is a transformers model (BERT, MiniLM, …), or `atoll:small-text`, a small transformer without
+pretrained weights. Subwords are called pieces here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMALL_TEXT = "small-text"
 LONGEST = 512
 
 CUT_OFF, NO_WORD = -1, -2
-"""Instead of the place of a word's first piece: the piece isn't there, or not even the word."""
+"""Used in place of the index of a word's first piece: the piece was cut off; there is no word (padding)."""
 
 
 class SmallTextOptions(Section):
@@ -42,7 +42,7 @@ class SmallTextOptions(Section):
 
 
 class SmallText(nn.Module):
-    """Pieces to states [batch, pieces, width]."""
+    """A small transformer encoder with learnt positions; its states are [batch, pieces, width]."""
 
     def __init__(self, known: SmallTextOptions) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class SmallText(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        # Places as rows of ids, so that every example has gradients of its own there.
+        # Positions as a batch of ids, so that per-example gradients of their embedding can be computed.
         places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         states = self.pieces(input_ids) + self.places(places)
         for layer in self.layers:
@@ -70,7 +70,7 @@ class SmallText(nn.Module):
 
 
 class WordPieces:
-    """Words as a tokenizer's pieces, of which a sentence has at most so many."""
+    """Tokenizes sentences given as words; a sentence has at most `max_tokens` pieces."""
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         self._tokenizer = tokenizer
@@ -79,7 +79,10 @@ class WordPieces:
         self.pad: int = tokenizer.pad_token_id or 0
 
     def coded(self, inputs: Sequence[Sequence[str]]) -> list[Batch]:
-        """Pieces, and for each word the place of its first one, or `CUT_OFF`."""
+        """For each sentence `ids` [pieces], and `first` [words], the index of each word's first piece.
+
+        The index is `CUT_OFF` for a word without a piece within `max_tokens`.
+        """
         between = " " if self._with_spaces else ""
         coded = self._tokenizer(
             [[f"{between if place else ''}{word}" for place, word in enumerate(words)] for words in inputs],
@@ -98,9 +101,9 @@ class WordPieces:
 
 
 def _tells_words_by_spaces(tokenizer: Any) -> bool:
-    """Whether a word's pieces are others behind a space, which words given one by one don't have.
+    """Whether a word's pieces depend on a space before it, which must then be added to words given singly.
 
-    So it is where bytes are pieces (GPT-2, RoBERTa), unless the tokenizer adds the spaces itself.
+    True of byte-level tokenizers (GPT-2, RoBERTa), unless the tokenizer adds the spaces itself.
     """
     splits = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     parts = splits.get("pretokenizers", [splits])
@@ -108,7 +111,7 @@ def _tells_words_by_spaces(tokenizer: Any) -> bool:
 
 
 class WordEncoder(Encoder):
-    """Sentences of words as pieces, and where each word begins."""
+    """Encodes sentences given as words; batches also have the index of each word's first piece."""
 
     reads_tokens = True
 
@@ -119,7 +122,7 @@ class WordEncoder(Encoder):
         self._pieces = pieces
 
     def preprocess(self, inputs: Sequence[Sequence[str]]) -> list[Batch]:
-        """Pieces, and for each word the place of its first one, or `CUT_OFF`."""
+        """As `WordPieces.coded`."""
         return self._pieces.coded(inputs)
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
@@ -129,17 +132,18 @@ class WordEncoder(Encoder):
         return table | {"first_piece": words}
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """States of all pieces, [batch, pieces, width]."""
+        """The states of all pieces, [batch, pieces, width]."""
         states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         hidden: torch.Tensor = states if isinstance(states, torch.Tensor) else states.last_hidden_state
         return hidden
 
 
 def load_word_encoder(backbone: Backbone, job: Job) -> WordEncoder:
-    """Build the network with its resolved weights.
+    """The encoder with its resolved weights.
 
     Raises:
-        WeightsError: it isn't an encoder of texts, or its weights don't fit.
+        WeightsError: the network isn't a text encoder, or its weights don't fit.
+        ConfigError: `backbone.options` are invalid.
     """
     if not is_small_text(backbone):
         tokenizer = word_tokenizer(backbone)
@@ -160,10 +164,10 @@ def load_word_encoder(backbone: Backbone, job: Job) -> WordEncoder:
 
 
 def word_pieces(backbone: Backbone, section: BackboneSection) -> WordPieces:
-    """How the network of that name is given words, without the network itself.
+    """The tokenizing of words for this backbone, without loading the network.
 
     Raises:
-        WeightsError: it isn't an encoder of texts.
+        WeightsError: the network isn't a text encoder.
     """
     if is_small_text(backbone):
         return WordPieces(own_tokenizer(), min(section.max_tokens, LONGEST))
@@ -175,15 +179,15 @@ def word_pieces(backbone: Backbone, section: BackboneSection) -> WordPieces:
 
 
 def is_small_text(backbone: Backbone) -> bool:
-    """Whether it is `atoll:small-text`."""
+    """Whether the backbone is `atoll:small-text`."""
     return (backbone.kind, backbone.name) == ("atoll", SMALL_TEXT)
 
 
 def word_tokenizer(backbone: Backbone) -> Any:
-    """The tokenizer in a network's folder, which tells to which word a piece belongs.
+    """The tokenizer in a network's folder; it can map pieces to words.
 
     Raises:
-        WeightsError: the network isn't an encoder of texts, or its tokenizer can't tell that.
+        WeightsError: the network isn't a text encoder, or its tokenizer can't map pieces to words.
     """
     if backbone.kind != "hf" or backbone.folder is None:
         backbone_name = f"{backbone.kind}:{backbone.name}"
