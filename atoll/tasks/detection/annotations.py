@@ -1,4 +1,4 @@
-"""What COCO's, VOC's and YOLO's annotations have in common: bounded files, where images lie, rows, splits."""
+"""Shared parts of reading COCO, VOC and YOLO annotations: bounded files, image paths, rows, splits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MAX_ANNOTATION_BYTES = 1_000_000_000
 Part = TypeVar("Part")
 
 Annotated = tuple[Path, list[list[float]], list[str]]
-"""An image, its boxes, and the class of each."""
+"""(the path of an image, its boxes, the class of each box)."""
 
 
 def annotation_bytes(path: Path) -> bytes:
-    """A file of annotations.
+    """The content of a file of annotations.
 
     Raises:
-        DataError: it can't be read, or is too large.
+        DataError: the file can't be read, or is too large.
     """
     with opened(path) as file:
         data = file.read(MAX_ANNOTATION_BYTES + 1)
@@ -37,7 +37,7 @@ def annotation_lines(path: Path) -> list[str]:
     """The lines of a text file of annotations, stripped.
 
     Raises:
-        DataError: it isn't UTF-8.
+        DataError: the file can't be read, is too large, or isn't UTF-8.
     """
     try:
         return [line.strip() for line in annotation_bytes(path).decode("utf-8-sig").splitlines()]
@@ -46,13 +46,13 @@ def annotation_lines(path: Path) -> list[str]:
 
 
 def image_of(base: Path, name: Path, folders: Sequence[str] = ()) -> Path:
-    """Where an image lies: beside the annotations, or in a folder that is usual for it."""
+    """The path of an image: in `base`, or in one of the folders in which such images usually are."""
     places = [base / name, *(base / folder / name for folder in (*folders, "images", "JPEGImages"))]
     return next((place for place in places if place.exists()), places[0])
 
 
 def rows_of(root: Path, rows: Sequence[Annotated]) -> Rows:
-    """The images with their boxes as canonical rows."""
+    """The annotated images as rows in this task's own columns."""
     table = pa.table(
         {
             "image": pa.array([str(image.absolute()) for image, _, _ in rows], pa.string()),
@@ -64,7 +64,7 @@ def rows_of(root: Path, rows: Sequence[Annotated]) -> Rows:
 
 
 def test_part(parts: Mapping[str, Part], root: Path, diagnostics: Diagnostics) -> Part | None:
-    """The part to test on: "test", or "val" where there is none, which these sets publish in its place."""
+    """The test split: "test", or else "val", which such data sets often publish instead; None without."""
     if "test" in parts or "val" not in parts:
         return parts.get("test")
     diagnostics.warning("val is taken as the test part, as there is no test", shown(root))

@@ -1,8 +1,7 @@
-"""Images with boxes: rows of a file, COCO's JSON, VOC's XML or YOLO's text files beside the images.
+"""Data of object detection: images with boxes, from tables, COCO's JSON, VOC's XML or YOLO's text files.
 
 A box is [x1, y1, x2, y2] in pixels from the image's upper left corner; x2 and y2 are past its last pixel.
-Objects that COCO calls
-crowds, which are regions and no boxes, are left out.
+COCO's crowds, which are regions and no boxes, are left out.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from atoll.tasks.detection.voc import every_voc, open_voc
 from atoll.tasks.detection.yolo import open_yolo
 
 _TOLERATED = 1.0
-"""Pixels that a box may reach out of its image, as rounding makes them do."""
+"""The number of pixels by which a box may exceed its image, because of rounding."""
 
 _numbers = list_cell(number_cell)
 
 
 def box_cell(cell: Any, where: str) -> list[float]:
-    """x1, y1, x2, y2 of a box that isn't empty.
+    """The box in a cell, [x1, y1, x2, y2].
 
     Raises:
-        DataError: it is something else.
+        DataError: the cell is no list of four numbers, or the box is empty.
     """
     box: list[float] = _numbers(cell, where)
     if len(box) != 4:
@@ -61,7 +60,7 @@ def _fits(parts: Mapping[str, Any], where: str) -> None:
 
 
 def _open(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """COCO, VOC or YOLO as their tools write them; COCO and VOC also under train/ and test/."""
+    """The rows by split of COCO, VOC or YOLO data; COCO and VOC also under train/ and test/; else None."""
     if not path.is_dir():
         is_coco = path.suffix.lower() == ".json" and path.is_file()
         return {"train": _coco(path, path.parent, diagnostics)} if is_coco else None
@@ -86,7 +85,7 @@ _OF_SPLIT = re.compile(r"instances_(train|test|val)([a-z]*\d*)\.json")
 
 
 def _coco_splits(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """COCO's own folders: annotations/instances_train2017.json with the images in train2017/, and so on."""
+    """The rows by split of COCO's own layout: annotations/instances_train2017.json, images in train2017/."""
     folder = path / "annotations"
     names = sorted(file.name for file in folder.glob("*.json")) if folder.is_dir() else []
     named = [match for name in names if (match := _OF_SPLIT.fullmatch(name))]
@@ -107,7 +106,7 @@ def _coco_splits(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None
 
 
 def _reader(base: Path) -> Callable[[Path, Diagnostics], Rows] | None:
-    """What reads the annotations in a folder; None where there are none."""
+    """The function that reads the annotations in a folder; None if there are none."""
     places = [folder for folder in (base, base / "annotations") if folder.is_dir()]
     files = sorted(file for folder in places for file in folder.glob("*.json") if _is_coco_name(file.name))
     if len(files) > 1:
@@ -124,7 +123,7 @@ def _is_coco_name(name: str) -> bool:
 
 
 def _coco(file: Path, base: Path, diagnostics: Diagnostics) -> Rows:
-    """The images that the file lists, each with its boxes, which may be none."""
+    """The images listed in a COCO file, each with its boxes, possibly none."""
     try:
         written = json.loads(annotation_bytes(checked_file(file, base)))
         names = {one["id"]: one["name"] for one in written["categories"]}
@@ -166,7 +165,7 @@ def _counted(annotations: int, boxes: int) -> Counts:
 
 
 def _nothing_to_find(dataset: Dataset) -> str | None:
-    """Pictures without a box, each sound alone: most often the annotations lie where nobody looks."""
+    """A remark if no picture has a box: most often the annotations are in an unexpected place."""
     if any(dataset.cells("boxes")):
         return None
     return f"none of the {len(dataset)} pictures has a box; if some should, look where their annotations lie"

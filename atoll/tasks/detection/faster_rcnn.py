@@ -1,7 +1,7 @@
-"""`atoll:detector`: torchvision's Faster R-CNN over the layers of a classifier that knows pictures already.
+"""`atoll:detector`: torchvision's Faster R-CNN on the layers of a pretrained classifier, called its body.
 
-Published detectors are large; a small classifier's weights are often at hand. Its layers give features at an
-eighth and a sixteenth of a picture's sides, which a feature pyramid joins (Lin et al. 2017).
+Published detectors are large, while weights of small classifiers are often available. The body's features at
+1/8 and 1/16 of a picture's sides are combined by a feature pyramid (Lin et al. 2017).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from atoll.protocol.random_streams import stream_seed
 
 HALVINGS = (3, 4)
 _PROBE = 64
-"""Sides of the picture that is sent through the body to learn its layers' sizes."""
+"""The side in pixels of the picture with which the sizes of the body's layers are determined."""
 
 
 class BodiedOptions(Section):
-    """`backbone.options`: the classifier, as `torchvision:NAME`, and the channels that heads are given."""
+    """`backbone.options`: the classifier `torchvision:NAME`, and the number of channels of the pyramid."""
 
     body: str
     width: Annotated[int, Field(ge=8, le=1024)] = 64
@@ -38,12 +38,12 @@ class BodiedOptions(Section):
 def bodied_detector(
     backbone: Backbone, section: BackboneSection, size: int, classes: int, seed: int
 ) -> nn.Module:
-    """A Faster R-CNN (Ren et al. 2015) with the body's own weights, where it has any, and fresh heads.
+    """A Faster R-CNN (Ren et al. 2015) with the body's weights, if it has any, and new heads.
 
-    Anchors are of a twelfth to a half of a picture of `size` pixels; `classes` counts the background.
+    Anchors have 1/12 to 1/2 of the side of a picture of `size` pixels; `classes` includes the background.
 
     Raises:
-        WeightsError: the body isn't a row of layers with features of those sizes.
+        WeightsError: the body isn't a sequence of layers with features of the two sizes.
     """
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -87,7 +87,7 @@ def bodied_detector(
 
 
 def _layers(body: Backbone, section: BackboneSection, seed: int) -> nn.Sequential:
-    """The classifier's layers one after another, with its weights where they were found."""
+    """The classifier's layers in their order, with its weights if there are any."""
     body_seed = stream_seed(seed, "init", "body")
     if body.weights is None:  # its norms are settled together with the detector's
         trunk = torchvision_trunk(body.name, body_seed)[0].eval()
@@ -100,7 +100,7 @@ def _layers(body: Backbone, section: BackboneSection, seed: int) -> nn.Sequentia
 
 @torch.no_grad()
 def _levels(layers: nn.Sequential) -> list[tuple[str, int]]:
-    """(name, channels) of the last layer at each of the strides, where there is one."""
+    """(name, channels) of the last layer at each of the two feature sizes; fewer if the body lacks one."""
     levels: dict[int, tuple[str, int]] = {}
     values = torch.zeros(1, 3, _PROBE, _PROBE)
     for name, layer in layers.named_children():

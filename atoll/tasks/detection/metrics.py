@@ -1,8 +1,8 @@
-"""Average precision of boxes, after COCO, from counts that add up over clients.
+"""COCO's average precision of boxes, from counts that add up over clients.
 
-COCO ranks all detections by score, which no client could do for the others. Here scores are rounded to
-multiples of 1 / `bins`, and each client counts what it found at each. Matching is COCO's own and sees the
-unrounded scores: it never looks beyond one image.
+COCO ranks all detections by score, which no single client can do. Here scores are rounded to multiples of
+1 / `bins`, and each client counts its detections at each of them. Matching is COCO's and uses unrounded
+scores, since it is done for each image separately.
 
 Lin et al. 2014, "Microsoft COCO: Common Objects in Context"; pycocotools' COCOeval is the definition.
 """
@@ -26,11 +26,11 @@ Floats = NDArray[np.float64]
 class BoxAveragePrecision(Metric):
     """Mean over classes and IoU thresholds of the 101-point interpolated average precision.
 
-    As COCOeval computes it for areas of every size, no crowds, and the 100 best detections of each class in
-    each image. Equal where no two detections of a class share a rounded score. Otherwise never above it:
-    detections that share one count as found at once, and so only the last of their precisions is seen.
+    As in COCOeval for areas of all sizes, without crowds, and with the 100 best detections of each class in
+    each image. Equal to COCOeval's value if no two detections of a class have the same rounded score.
+    Otherwise never above it: detections with the same score count as one step of the curve.
 
-    Classes without any box aren't averaged over; where there is none at all, it is undefined (NaN).
+    Classes without a true box are left out; undefined (NaN) if there is no true box.
     """
 
     is_differentiable = False
@@ -52,9 +52,12 @@ class BoxAveragePrecision(Metric):
         self.add_state("truths", torch.zeros(classes, dtype=torch.int32), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor) -> None:
-        """Count one prediction an image: boxes [k, 4] as x1, y1, x2, y2; scores [k] in 0..1; labels [k].
+        """Count one prediction per image: boxes [k, 4] as x1, y1, x2, y2; scores [k] in 0..1; labels [k].
 
         `targets` is [images, most, 5]: x1, y1, x2, y2, class; rows of class -1 are padding.
+
+        Raises:
+            ValueError: a score is below 0 or above 1, or a class is out of range.
         """
         for prediction, rows in zip(predictions, targets, strict=True):
             scores = prediction["scores"].detach().to("cpu", torch.float64)
@@ -92,7 +95,9 @@ class BoxAveragePrecision(Metric):
 
 
 def average_precision(matched: NDArray[np.int64], detected: NDArray[np.int64], truths: int) -> float:
-    """The mean precision at 101 recalls, of counts at each score from the lowest to the highest.
+    """The mean of the interpolated precision at 101 recalls, from counts by score in ascending order.
+
+    `matched` and `detected` are [scores]; `truths` is the number of true boxes.
 
     >>> average_precision(np.array([0, 1]), np.array([1, 1]), 1)
     1.0
@@ -108,7 +113,10 @@ def average_precision(matched: NDArray[np.int64], detected: NDArray[np.int64], t
 
 
 def greedy_matches(boxes: Floats, truth: Floats, thresholds: Sequence[float]) -> NDArray[np.bool_]:
-    """Whether each box, the best first, finds a true one that no better box took, [thresholds, boxes]."""
+    """Whether each box matches a true box that no better box has matched, [thresholds, boxes].
+
+    `boxes` must be sorted by descending score; `truth` are the true boxes, both [k, 4].
+    """
     hits = np.zeros((len(thresholds), len(boxes)), dtype=np.bool_)
     if not len(truth):
         return hits
@@ -117,7 +125,7 @@ def greedy_matches(boxes: Floats, truth: Floats, thresholds: Sequence[float]) ->
     every = np.arange(len(thresholds))
     for column, overlap in enumerate(overlaps(boxes, truth)):
         open_to = np.where(free, overlap, -1.0)
-        # Of equal overlaps COCO takes the last.
+        # Of equal overlaps COCO takes the last one.
         pick = len(truth) - 1 - np.argmax(open_to[:, ::-1], axis=1)
         hits[:, column] = open_to[every, pick] >= least
         free[every, pick] &= ~hits[:, column]
@@ -125,7 +133,7 @@ def greedy_matches(boxes: Floats, truth: Floats, thresholds: Sequence[float]) ->
 
 
 def overlaps(left: Floats, right: Floats) -> Floats:
-    """Intersection over union of every box with every other, [left, right]; 0 where one is empty."""
+    """The intersection over union of each box of `left` with each of `right`; 0 if one is empty."""
     low = np.maximum(left[:, None, :2], right[None, :, :2])
     high = np.minimum(left[:, None, 2:], right[None, :, 2:])
     both = np.prod(np.clip(high - low, 0, None), axis=2)

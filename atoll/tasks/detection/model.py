@@ -1,7 +1,7 @@
-"""torchvision's detectors as a task's whole model: in training their losses, otherwise their boxes.
+"""torchvision's detectors as a model: `forward` returns their losses, `predict` the boxes that they find.
 
-In a batch boxes are a table [batch, most, 5] of x1, y1, x2, y2, class in the resized square, in which rows
-of class -1 are none. The network's own class 0 is the background.
+In a batch boxes are [batch, most, 5]: x1, y1, x2, y2 in pixels of the resized square, and the class; rows of
+class -1 are padding. In the network class 0 is the background.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ Found = dict[str, torch.Tensor]
 
 
 class Detector(Model):
-    """The head is what names and places boxes: Faster R-CNN's predictor, an SSD's head."""
+    """A detector; its head classifies and places boxes: Faster R-CNN's box predictor, SSD's head."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The detector's losses, [losses]; the batch must hold targets.
+        """The detector's losses, [losses]; the batch must have targets.
 
-        To learn from they are torchvision's, which weighs pictures by what it sampled of the whole batch.
-        Where nothing learns, they are the mean of what each picture costs alone, so that they add up.
+        In training they are torchvision's, in which a picture's weight depends on what is sampled from the
+        whole batch. Without gradients they are the mean of each picture's own losses, so that sums over
+        batches and clients are meaningful.
         """
         images, targets = list(batch["pixel_values"]), _as_torchvision(batch[TARGETS])
         if torch.is_grad_enabled():
             return self._losses(images, targets)
         each = []
         for image, target in zip(images, targets, strict=True):
-            # What torchvision draws of proposals must not depend on what came before.
+            # torchvision samples proposals; this must not depend on earlier calls.
             with global_stream(0, "proposals"):
                 each.append(self._losses([image], [target]))
         return torch.stack(each).mean(0)
@@ -60,7 +61,7 @@ class Detector(Model):
         ]
         before = [part.training for part in parts]
         try:
-            # These flags alone say whether losses come out; layers keep their own.
+            # Only these modules' flags decide whether losses are returned; other layers keep theirs.
             _set_training(parts, [True] * len(parts))
             losses = network(images, targets)
         finally:
@@ -68,7 +69,7 @@ class Detector(Model):
         return torch.stack([losses[name] for name in sorted(losses)])
 
     def predict(self, batch: Batch) -> list[Found]:
-        """Boxes, scores and classes (from 0) of each picture."""
+        """For each picture `boxes` [k, 4], `scores` [k] and `labels` [k], which are classes from 0."""
         network: Any = self.backbone.model
         detections = network(list(batch["pixel_values"]))
         return [
@@ -92,10 +93,10 @@ def _as_torchvision(targets: torch.Tensor) -> list[Found]:
 
 
 def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detector:
-    """The network in eval mode, with a head for these classes.
+    """The detector in eval mode, with a head for these classes.
 
     Raises:
-        WeightsError: the backbone is of another kind, or its weights don't fit.
+        WeightsError: the backbone is no detector, or its weights don't fit.
     """
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -117,7 +118,7 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
 
 
 def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:
-    """The network with first values; `classes` counts the background."""
+    """The network with random weights; `classes` includes the background."""
     if (backbone.kind, backbone.name) == ("atoll", DETECTOR):
         options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
         return small_detector(options, size, classes)

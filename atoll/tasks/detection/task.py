@@ -41,18 +41,21 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 SHOWN_SCORE = 0.5
-"""What `atoll predict` shows at least."""
+"""The lowest score of a box that `atoll predict` shows."""
 
 
 class DetectionOptions(Section):
-    """`task.options` of object detection: how many boxes of a picture are used: its first ones, or all."""
+    """`task.options` of object detection: of a picture's boxes the first `max_boxes` are used, or all."""
 
     max_boxes: Count | None = None
 
 
 @dataclass(frozen=True)
 class Detection(SchemaTask):
-    """Targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class; -1 where none is."""
+    """Object detection; targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class.
+
+    Rows of class -1 are padding.
+    """
 
     info_fields = (
         *class_fields(),
@@ -100,10 +103,10 @@ class Detection(SchemaTask):
         return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The classes, as the job names them or sorted, and how many boxes of a picture are used at most.
+        """The classes (the job's in its order, else the data's, sorted), and the most boxes of a picture.
 
         Raises:
-            DataError: the data has a class that the job doesn't name.
+            DataError: the data has a class that isn't in `data.classes`.
         """
         classes = dataset["classes"][:]
         present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
@@ -111,13 +114,13 @@ class Detection(SchemaTask):
         return named(present, data, "classes", "class") | {"most": max_boxes or most}
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
-        """The pictures whose boxes are all of the job's classes."""
+        """The numbers of the rows whose boxes' classes are all in `data.classes`; all rows without it."""
         known = set(data.classes or ())
         classes = dataset["classes"][:]
         return [row for row, names in enumerate(classes) if data.classes is None or known.issuperset(names)]
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """Pinned classes as they are, else the sorted union.
+        """The classes of `data.classes`, else the sorted union of the clients' classes.
 
         Raises:
             ConfigError: there are no boxes at all.
@@ -157,7 +160,7 @@ class Detection(SchemaTask):
         return load_detector(backbone, job, data_info["classes"])
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The sum of the detector's losses, of which each is a mean already."""
+        """The sum of the detector's losses, each of which is a mean already."""
         return outputs.sum()
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
@@ -172,7 +175,7 @@ class Detection(SchemaTask):
         )
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """Boxes with a score of at least a half, as parts of the picture's width and height."""
+        """The boxes with a score of at least 0.5, as fractions of the picture's width and height."""
         rows = []
         for one in predictions:
             boxes = [
@@ -191,7 +194,7 @@ class Detection(SchemaTask):
     def answers(
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
-        """As `format_predictions`, with the picture's `size` [width, height] and each box in its `pixels`."""
+        """As `format_predictions`, with the picture's `size` [width, height] and each box in `pixels` too."""
         answers = super().answers(model, batch, inputs, data_info)
         for answer, data in zip(answers, inputs, strict=True):
             size = decode_image(data, "image", verify=False).size
@@ -203,7 +206,7 @@ class Detection(SchemaTask):
     def files(
         self, answer: Mapping[str, Any], source: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
-        """The picture with its boxes, their classes and scores drawn on it."""
+        """The picture with its boxes and their classes and scores drawn on it."""
         picture = decode_image(source, "image", verify=False)
         return {"boxes.png": boxes_over(picture, answer["boxes"], data_info["classes"])}
 

@@ -1,6 +1,6 @@
-"""Pascal VOC as it is published: Annotations/*.xml, JPEGImages/, and lists in ImageSets/Main/*.txt.
+"""Reading Pascal VOC in its published form: Annotations/*.xml, JPEGImages/, lists in ImageSets/Main/*.txt.
 
-VOC counts pixels from 1 and names a box's last one, so 1 is taken from its first two numbers.
+VOC counts pixels from 1 and includes a box's last pixel, so 1 is subtracted from xmin and ymin.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def open_voc(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """The parts that ImageSets/Main names, of a folder such as VOC2012 or of VOCdevkit around one.
+    """The rows by split that ImageSets/Main lists, of a folder such as VOC2012 or a VOCdevkit around it.
 
-    With test.txt, trainval.txt (or train.txt) is trained on; without, val.txt is the test part of train.txt.
-    None where there are no lists.
+    With test.txt, the training split is trainval.txt (or train.txt); without, val.txt is the test split. None
+    if there are no lists.
 
     Raises:
-        DataError: there are several years, or a list names what isn't there.
+        DataError: there are several years, or a list names a missing file.
     """
     base = _year(path)
     if base is None:
@@ -58,7 +58,7 @@ def open_voc(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
 
 
 def _year(path: Path) -> Path | None:
-    """The folder with Annotations: this one, or the only one in it or in its VOCdevkit."""
+    """The folder that contains Annotations: `path`, or the only such folder in it or its VOCdevkit."""
     if (path / "Annotations").is_dir():
         return path
     outer = path / "VOCdevkit" if (path / "VOCdevkit").is_dir() else path
@@ -70,7 +70,7 @@ def _year(path: Path) -> Path | None:
 
 
 def _listed(file: Path, base: Path, diagnostics: Diagnostics) -> list[str]:
-    """The images that a list names, each in a line of its own, perhaps with a number behind it."""
+    """The names of the images in a list, one per line, possibly followed by a number."""
     listed = []
     for number, line in enumerate(annotation_lines(checked_file(file, base)), start=1):
         name = line.split()[0] if line else ""
@@ -94,7 +94,7 @@ def _read(names: list[str], base: Path, diagnostics: Diagnostics) -> Rows:
 
 
 def every_voc(base: Path, diagnostics: Diagnostics) -> Rows:
-    """Every XML file's image, with its boxes."""
+    """The annotated images of all XML files in a folder."""
     folder = base / "Annotations" if (base / "Annotations").is_dir() else base
     rows = []
     for path in listing(folder, base, diagnostics):

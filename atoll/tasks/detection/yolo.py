@@ -1,7 +1,7 @@
-"""YOLO's folders: data.yaml names the classes and where images lie; labels/ has a text file for each image.
+"""Reading YOLO folders: data.yaml names the classes and the images' folders, labels/ has one file per image.
 
-A line of it is `class x y width height`: the box's centre and size as parts of the image's, as Ultralytics
-documents it. An image without a file, or with an empty one, has no objects.
+A line of such a file is `class x y width height`: the box's centre and size as fractions of the image's, as
+documented by Ultralytics. An image without a file, or with an empty one, has no objects.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _LINE = "class, x, y, width and height as parts of the image"
 
 
 def open_yolo(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """The parts that data.yaml names, val as the test part where there is no test; None without data.yaml.
+    """The rows by split as data.yaml names them; without a test split, val is used. None without data.yaml.
 
     Raises:
-        DataError: data.yaml doesn't say what it must, or a folder isn't there.
+        DataError: data.yaml is invalid, or a folder doesn't exist.
     """
     file = next((path / name for name in ("data.yaml", "data.yml") if (path / name).exists()), None)
     if file is None:
@@ -94,7 +94,7 @@ def _split(folders: Any, file: Path, base: Path, names: dict[int, str], diagnost
 
 
 def _folder(name: str, file: Path, base: Path) -> Path:
-    """A folder of images; exports that were moved call it ../train/images and mean train/images."""
+    """The path of a folder of images; some exports write `../train/images` and mean `train/images`."""
     for place in (base / name, base / name.removeprefix("../"), file.parent / name.removeprefix("../")):
         if place.is_dir():
             return resolved(place, file.parent)
@@ -120,7 +120,10 @@ def _image(image: Path, root: Path, names: dict[int, str]) -> Annotated:
 
 
 def _labels_of(image: Path) -> Path:
-    """The last folder called images becomes labels, as Ultralytics does it; else labels lie beside images."""
+    """The path of an image's labels: the last folder `images` is replaced by `labels`, as in Ultralytics.
+
+    If there is no such folder, labels are beside the image.
+    """
     parts = list(image.with_suffix(".txt").parts)
     places = [place for place, part in enumerate(parts[:-1]) if part == "images"]
     if places:

@@ -1,4 +1,4 @@
-"""Networks that foretell the next token: any of transformers' causal models (Llama, GPT-2, Qwen, …)."""
+"""Causal language models: any of transformers' (Llama, GPT-2, Qwen, …)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ from atoll.tasks.losses import cross_entropies
 
 KIND = "AutoModelForCausalLM"
 _STEP = 8
-"""Batches are as long as a multiple of this."""
+"""Batches are padded to a multiple of this many tokens."""
 
 
 def prepared(tokens: Tokens) -> Batch:
-    """An example as shards hold it: its tokens, and the places from which the learnt ones are foretold."""
+    """An example as an element of a shard's inputs: `input_ids` [tokens] and `places` [learnt].
+
+    A place is the index of the token before a learnt one, at which the learnt one is predicted.
+    """
     places = [place - 1 for place, is_learnt in enumerate(tokens.learnt) if is_learnt]
     return {
         "input_ids": torch.tensor(tokens.ids, dtype=torch.int64),
@@ -37,7 +40,7 @@ def prepared(tokens: Tokens) -> Batch:
 
 
 class CausalEncoder(Encoder):
-    """Tokens on the left, and nothing on the right: a mask says what is real, never the padding's id."""
+    """Collates examples with padding on the right, which only the mask marks, not a token id."""
 
     reads_tokens = True
 
@@ -50,14 +53,14 @@ class CausalEncoder(Encoder):
 
     @property
     def tokenizer(self) -> Any:
-        """The one that belongs to the network."""
+        """The network's tokenizer."""
         return self._tokenizer
 
     def preprocess(self, inputs: Sequence[Batch]) -> Sequence[Batch]:
         return inputs
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
-        """`input_ids` and `attention_mask` [batch, tokens]; `places` [batch, learnt], 0 behind the last."""
+        """`input_ids` and `attention_mask` [batch, tokens]; `places` [batch, learnt], padded with 0."""
         ids = _table([one["input_ids"] for one in ready], None)
         places = _table([one["places"] for one in ready], self._most)
         lengths = torch.tensor([len(one["input_ids"]) for one in ready])
@@ -66,7 +69,7 @@ class CausalEncoder(Encoder):
 
 
 def _table(rows: Sequence[torch.Tensor], most: int | None) -> torch.Tensor:
-    """Rows of numbers, filled up with zeros to a multiple of `_STEP` that is at most `most`."""
+    """Rows as a table, padded with zeros to a multiple of `_STEP`, or to `most` if that is less."""
     length = max(1, *(len(row) for row in rows))
     length = -(-length // _STEP) * _STEP
     table = torch.zeros((len(rows), length if most is None else min(length, most)), dtype=torch.int64)
@@ -76,7 +79,7 @@ def _table(rows: Sequence[torch.Tensor], most: int | None) -> torch.Tensor:
 
 
 class CausalModel(Model):
-    """The surprise of each learnt token, given all before it."""
+    """Predicts the negative log-probability of each learnt token given the tokens before it."""
 
     encoder_kind: ClassVar[type[CausalEncoder]] = CausalEncoder
 
@@ -86,29 +89,29 @@ class CausalModel(Model):
         self._options, self._seed = options, job.seed
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """-log of the probability of each target, [batch, learnt]; of a place without one it says nothing."""
+        """-log p of each target, [batch, learnt]; values at places without a target are meaningless."""
         return surprises(self.scores(batch), batch)
 
     def measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(surprise and whether the likeliest token is the target, [batch, learnt, 2]; the surprise)."""
+        """(-log p and whether the target is the most likely token, [batch, learnt, 2]; -log p alone)."""
         scores = self.scores(batch)
         surprise = surprises(scores, batch)
         hit = scores.argmax(2) == _targets(batch)
         return torch.stack([surprise, hit.to(surprise.dtype)], 2), surprise
 
     def predict(self, batch: Batch) -> Any:
-        """What is measured, where targets are there; else what the model writes on, a text each."""
+        """As the first of `measure` if the batch has targets; else the texts that the model generates."""
         if TARGETS in batch:
             return self.measure(batch)[0]
         return self.written(batch)
 
     def written(self, batch: Batch) -> list[str]:
-        """What the model writes on, a text for each prompt."""
+        """The text that the model generates after each prompt of the batch."""
         rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
         return [self._written(ids[mask.bool()]) for ids, mask in rows]
 
     def scores(self, batch: Batch) -> torch.Tensor:
-        """[batch, learnt, vocabulary]: what is not learnt isn't scored, which is most of the work."""
+        """Logits [batch, learnt, vocabulary]; others aren't computed, which saves most of the work."""
         network: Any = self.backbone.model
         shared = packed(batch) if self._options.packing else None
         if shared is not None:
@@ -122,7 +125,7 @@ class CausalModel(Model):
         return scores.float()
 
     def _written(self, prompt: torch.Tensor) -> str:
-        """The text that follows; each prompt on its own, so that none depends on its neighbours."""
+        """The text generated after a single prompt, so that it doesn't depend on others in a batch."""
         assistant = self.backbone
         assert isinstance(assistant, CausalEncoder)
         how = Decoding(self._options.max_new_tokens, self._options.temperature)
@@ -134,24 +137,24 @@ def _targets(batch: Batch) -> torch.Tensor:
 
 
 def surprises(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """-log of the probability of each target, [batch, learnt], from all scores."""
+    """-log p of each target, [batch, learnt], from logits [batch, learnt, vocabulary]."""
     known = _targets(batch).clamp(0, scores.shape[2] - 1)
     return cross_entropies(scores, known)
 
 
 def _of_each_row(places: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """The states [batch, learnt, width] at places [batch, learnt] of each row."""
+    """The states [batch, learnt, width] at places [batch, learnt], indices within each row."""
     return states.gather(1, places.unsqueeze(2).expand(-1, -1, states.shape[2]))
 
 
 def _of_all_rows(places: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """The states [batch, learnt, width] at places that count through all rows."""
+    """The states [batch, learnt, width] at places [batch, learnt], indices into all rows joined together."""
     return states.flatten(0, 1)[places]
 
 
 @contextmanager
 def _only(head: nn.Module, chosen_of: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within, the output layer sees the chosen states alone."""
+    """Within, the output layer `head` gets only the states that `chosen_of` selects from its input."""
 
     def chosen(module: nn.Module, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return chosen_of(states[0])
@@ -164,10 +167,10 @@ def _only(head: nn.Module, chosen_of: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def causal_tokenizer(backbone: Backbone) -> Any:
-    """The tokenizer that belongs to a causal network; one without a padding token will do.
+    """The tokenizer of a causal network; it needs no padding token.
 
     Raises:
-        WeightsError: the network isn't transformers', or the tokenizer can't tell which letters a token has.
+        WeightsError: the network isn't from transformers, or its tokenizer can't map tokens to characters.
     """
     if backbone.kind != "hf" or backbone.folder is None:
         raise WeightsError(
@@ -181,7 +184,7 @@ def causal_tokenizer(backbone: Backbone) -> Any:
 
 
 def _tunes_head(job: Job) -> bool:
-    """Whether the output layer is trained, and all of the network isn't."""
+    """Whether the output layer is trained while other parts of the network are frozen."""
     keeps = "trained" if job.personal.keep == "head" else "frozen"
     return job.tune.method == "head" or (job.tune.method == "lora" and (job.tune.head or keeps) != "frozen")
 
@@ -193,11 +196,11 @@ def load_causal(
     options: LanguageOptions,
     kind: type[CausalModel] = CausalModel,
 ) -> CausalModel:
-    """Build the network with its resolved weights; its head is its output layer.
+    """The network with its resolved weights, as a model of class `kind`; its head is its output layer.
 
     Raises:
-        WeightsError: it isn't a causal model, or its weights don't fit.
-        ConfigError: `packing` is asked of a network in which examples of one row see each other.
+        WeightsError: the network isn't a causal model, or its weights don't fit.
+        ConfigError: `packing` is set, and in this network packed examples influence each other.
     """
     network = load_transformer(backbone, job.seed, KIND)
     if options.packing:
@@ -205,9 +208,9 @@ def load_causal(
     head = network.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise WeightsError(f"{backbone.folder}: a network without an output layer, expected a linear one")
-    # The token that fills up is often one that ends a turn, and its row must learn as any other.
+    # The padding token is often also the one that ends a turn, so its embedding must be trained.
     network.get_input_embeddings().padding_idx = None
     if _tunes_head(job):
-        # While it is tied to the embeddings, to tune the one would change the other.
+        # As long as it shares its weights with the embeddings, tuning it would change them too.
         head.weight = nn.Parameter(head.weight.detach().clone())
     return kind(kind.encoder_kind(network, tokenizer, options.max_tokens), head, job, options)

@@ -1,4 +1,4 @@
-"""Conversations with a trained causal model, as long as its context allows."""
+"""Chatting with a trained causal model, within the length of its context."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SYSTEM, USER = "system", "user"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says, and the messages that it has seen: without the oldest ones where all don't fit."""
+    """The model's text, and the messages that it has read, without the oldest ones if not all fit."""
 
     text: str
     seen: Messages
@@ -30,7 +30,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chat:
-    """A causal network that is asked by a task's template; `seed` is what a job draws by."""
+    """A causal network with its task's chat template; `seed` is the job's, for sampling."""
 
     task: LanguageModeling
     network: nn.Module
@@ -39,7 +39,7 @@ class Chat:
 
     @property
     def context(self) -> int | None:
-        """The most tokens of a conversation and its answer together; None where any number will do."""
+        """The most tokens that a conversation and its answer may have together; None without a limit."""
         most: int | None = getattr(self.network.config, "max_position_embeddings", None)
         return most
 
@@ -50,14 +50,14 @@ class Chat:
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """The assistant's next turn, of which `on_text` is given each piece once it is written.
+        """The assistant's next turn; `on_text` is called with each piece of it as it is generated.
 
-        Where a conversation is too long its oldest turns are left out, which a warning tells; what the system
-        says stays. The same messages and seed get the same answer.
+        If the conversation is too long, its oldest turns are left out with a warning; system messages are
+        kept. The same messages and seed give the same answer.
 
         Raises:
-            DataError: they are no messages, the last one isn't a user's, the last turn alone is too long, or
-            the template refuses them.
+            DataError: the messages are invalid, the last one isn't a user's, the last turn alone is too long,
+                or the template refuses them.
         """
         turns = turns_cell(list(messages), "messages")
         if not turns or turns[-1]["role"] != USER:
@@ -77,7 +77,7 @@ class Chat:
         return Answer(text, seen)
 
     def _fitting(self, turns: Messages, to_write: int) -> tuple[Messages, list[int]]:
-        """(the latest turns that fit with their answer into the context, their tokens)."""
+        """(the latest turns that fit into the context together with an answer, their tokens)."""
         assert self.task.template is not None, "whoever has no template has no chat"
         left: Messages | None = turns
         while left is not None:
@@ -92,7 +92,7 @@ class Chat:
 
 
 def _without_the_oldest(turns: Messages) -> Messages | None:
-    """Without the first of a user's turns and what answers it; None where there is only one."""
+    """The conversation without its first user's turn and the answer to it; None if that is the only one."""
     begin = next(place for place, turn in enumerate(turns) if turn["role"] != SYSTEM)
     users = [place for place, turn in enumerate(turns) if turn["role"] == USER and place > begin]
     return turns[:begin] + turns[users[0] :] if users else None

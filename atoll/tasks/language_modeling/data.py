@@ -1,4 +1,4 @@
-"""What a client holds: `text`; or `messages` with roles; or `prompt` and `completion` (TRL's formats)."""
+"""Data of language modelling: `text`, or `messages` with roles, or `prompt` and `completion` (as in TRL)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from atoll.errors import DataError
 from atoll.job.job import DataSection
 
 ASSISTANT = "assistant"
-"""The role whose turns are learnt."""
+"""The role whose turns are trained on."""
 
 Messages = list[dict[str, str]]
 """Turns of a conversation, each with `role` and `content`."""
 
 
 def messages_cell(cell: Any, where: str) -> Messages:
-    """The turns of a conversation, also written as JSON, of which one at least is the assistant's.
+    """The turns of a conversation, from a list or JSON text; at least one must be the assistant's.
 
     >>> messages_cell('[{"role": "assistant", "content": "Hello!", "id": 3}]', "")
     [{'role': 'assistant', 'content': 'Hello!'}]
 
     Raises:
-        DataError: they are something else, or there is nothing to learn.
+        DataError: the cell is no list of messages, or none is the assistant's.
     """
     messages = turns_cell(cell, where)
     if not any(message["role"] == ASSISTANT for message in messages):
@@ -43,7 +43,7 @@ def messages_cell(cell: Any, where: str) -> Messages:
 
 
 def turns_cell(cell: Any, where: str) -> Messages:
-    """As `messages_cell`, and the assistant may say nothing."""
+    """As `messages_cell`, but no turn has to be the assistant's."""
     turns = listed(cell, where, "a list of messages")
     return [_message(one, f"{where}: message {number}") for number, one in enumerate(turns, start=1)]
 
@@ -70,12 +70,12 @@ _ROLES = {
     "text": SchemaField("text", text_cell, pa.string(), (), required=False),
 }
 FORMS = (("messages",), ("prompt", "completion"), ("text",))
-"""The columns of each form; where a table could be read in several, the first one counts."""
+"""The columns of each form; if a table has several forms, the first one is used."""
 
 
 @dataclass(frozen=True)
 class Conversations(Schema):
-    """Rows of one form each: the columns of the others aren't read."""
+    """A schema whose rows have one of the `FORMS`; columns of other forms are ignored with a warning."""
 
     def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
         form = _form(rows, data)
@@ -91,7 +91,7 @@ CONVERSATIONS = Conversations(tuple(_ROLES.values()))
 
 
 def _form(rows: Rows, data: DataSection) -> Sequence[str]:
-    """The roles of the rows: of the form of which the job names a column, or of the first that is there."""
+    """The columns of the rows' form: the form of which the job names a column, or the first complete one."""
     for form in FORMS:
         if any(chosen_name(data, name) for name in form):
             return form
@@ -111,5 +111,5 @@ def _has(rows: Rows, role: SchemaField) -> bool:
 
 
 def form_of(dataset: Dataset) -> Sequence[str]:
-    """The roles of rows that were read."""
+    """The columns of the form of a data set that has been read."""
     return next(form for form in FORMS if form[0] in dataset.column_names)

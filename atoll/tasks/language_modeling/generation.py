@@ -1,4 +1,4 @@
-"""What a causal network writes on: the likeliest token each time, or one drawn from what is likely."""
+"""Text generation with a causal network: greedy, or by sampling."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 _UNFINISHED = "\ufffd"
-"""What a decoder writes in place of a letter of which not all bytes are there."""
+"""The character that a decoder writes for an incomplete multi-byte character."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a text is written: at most so many tokens; a `temperature` of 0 takes the likeliest each time.
+    """How a text is generated: at most `max_new_tokens` tokens; greedily if `temperature` is 0.
 
-    With one above 0, tokens are drawn from the fewest likely ones that together have a chance of `top_p`.
+    With a higher temperature, tokens are sampled from the fewest most likely ones whose probabilities sum to
+    `top_p` (nucleus sampling).
     """
 
     max_new_tokens: int
@@ -31,7 +32,7 @@ class Decoding:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where one is out of its range, or nothing is drawn that `top_p` could bound."""
+        """Raises ConfigError if a value is out of its range, or `top_p` is set at temperature 0."""
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: {self.max_new_tokens}, expected at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -52,9 +53,9 @@ def written_on(
     seed: int,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The text that follows a prompt [tokens], without blanks around it; the same for the same seed.
+    """The text that the network generates after a prompt [tokens], stripped; the same for the same seed.
 
-    `on_text` is given the text piece by piece, as it is written; together the pieces are what is returned.
+    `on_text` is called with each piece of the text as it is generated; the pieces together are the result.
     """
     teller = None if on_text is None else _Teller(tokenizer, on_text)
     purpose = prompt.cpu().numpy().tobytes().hex()
@@ -85,7 +86,7 @@ def _config(network: nn.Module, tokenizer: Any, how: Decoding) -> GenerationConf
 
 
 def _end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end what is written: the tokenizer's, and those that the network's folder names."""
+    """The tokens that end generation: the tokenizer's, and those in the network's configuration."""
     declared = getattr(network.generation_config, "eos_token_id", None) or network.config.eos_token_id
     named = declared if isinstance(declared, list) else [declared]
     return sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
@@ -97,7 +98,7 @@ def _decoded(tokenizer: Any, ids: Any) -> str:
 
 
 class _Teller:
-    """What `generate` hands tokens to: the prompt first, then each token, and in the end a word of it."""
+    """A streamer for transformers' `generate`: gets the prompt, then each token, then a call of `end`."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self._tokenizer, self._on_text = tokenizer, on_text
@@ -115,7 +116,7 @@ class _Teller:
         self._tell(_decoded(self._tokenizer, self._ids or []))
 
     def _tell(self, text: str) -> None:
-        """Tell what is new, unless what was told is still to be written in another way."""
+        """Pass on the new part of the text, unless its beginning has changed since the last call."""
         if len(text) > len(self._sent_text) and text.startswith(self._sent_text):
             self._on_text(text[len(self._sent_text) :])
             self._sent_text = text

@@ -1,6 +1,7 @@
-"""How well tokens are foretold: by token and, whatever the tokenizer, by byte of the text they write.
+"""Perplexity and accuracy of next-token predictions: per token, and per byte, which suits any tokenizer.
 
-Each adds up sums over clients, in float64: then the metric is that of all tokens together.
+All have sums in float64 that add up over clients, so a metric is that of all clients' tokens together.
+"Surprise" is the negative log-probability of a token in nats.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from atoll.tasks.mean_metric import Mean
 
 
 class Perplexity(Mean):
-    """exp of the mean surprise of a token, in nats."""
+    """exp of the mean surprise per token."""
 
     higher_is_better = False
 
     def update(
         self, surprise: torch.Tensor, hit: torch.Tensor, real: torch.Tensor, size: torch.Tensor
     ) -> None:
-        """Count tokens: `surprise`, `hit` and `real` are [n, places], `size` [n] in bytes."""
+        """Count tokens: `surprise`, `hit` and `real` are [n, learnt], `size` [n] is in bytes."""
         self.score += _sum(surprise, real)
         self.total += real.sum()
 
@@ -29,14 +30,14 @@ class Perplexity(Mean):
 
 
 class BytePerplexity(Mean):
-    """exp of the surprise that a byte of the text costs in the mean, in nats."""
+    """exp of the mean surprise per byte of text."""
 
     higher_is_better = False
 
     def update(
         self, surprise: torch.Tensor, hit: torch.Tensor, real: torch.Tensor, size: torch.Tensor
     ) -> None:
-        """Count bytes; the surprise of tokens that write none is the text's too."""
+        """Count bytes; the surprise of tokens without text, such as end tokens, counts as well."""
         self.score += _sum(surprise, real)
         self.total += size.sum()
 
@@ -45,21 +46,21 @@ class BytePerplexity(Mean):
 
 
 class BitsPerByte(BytePerplexity):
-    """log2 of the perplexity of a byte."""
+    """The mean surprise per byte of text, in bits."""
 
     def compute(self) -> torch.Tensor:
         return self.score / self.total / math.log(2)
 
 
 class TokenAccuracy(Mean):
-    """The share of tokens that are the likeliest ones after those before them."""
+    """The share of tokens that are the network's most likely prediction."""
 
     higher_is_better = True
 
     def update(
         self, surprise: torch.Tensor, hit: torch.Tensor, real: torch.Tensor, size: torch.Tensor
     ) -> None:
-        """Count tokens."""
+        """Count tokens, as `Perplexity`."""
         self.score += _sum(hit, real)
         self.total += real.sum()
 

@@ -10,12 +10,12 @@ from atoll.job.section import Section
 
 
 class LanguageOptions(Section):
-    """How long examples and answers may be, and how conversations are written.
+    """The lengths of examples and answers in tokens, and how conversations are written.
 
-    `template`: jinja source in place of the tokenizer's own; an empty one joins prompts and completions as
-    they stand. `temperature`: 0 writes the likeliest token each time, more draws from what is likely.
-    `samples`: for so many held-out prompts a run's report shows what the model writes before and after.
-    `packing`: short examples of a batch share rows, none of which sees another.
+    `template`: Jinja source of a chat template in place of the tokenizer's; if empty, prompts and completions
+    are concatenated. `temperature`: 0 generates greedily, more samples. `samples`: the number of held-out
+    prompts for which a run's report shows the model's text before and after training. `packing`: short
+    examples of a batch share rows without attending to each other.
     """
 
     max_tokens: Annotated[int, Field(ge=2, le=8192)] = 256

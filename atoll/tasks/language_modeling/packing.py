@@ -1,7 +1,7 @@
-"""Several examples of a batch in one row, none of which sees another: less of what is computed is padding.
+"""Packing several examples of a batch into one row, without attention between them, to save padding.
 
-Each example's positions begin at 0. Where they do, and there is no mask, transformers lets a token see its
-own example alone; whether a network really does is tried before it trains.
+Each example's positions begin at 0. From such positions, without a mask, transformers restricts attention to
+a token's own example; whether a network really does so is tested before training.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from atoll.backbones.encoder import Batch
 from atoll.errors import ConfigError
 
 SAME = 1e-4
-"""How far logits of packed and of single examples may lie apart, as a part of the largest."""
+"""The largest difference between logits of packed and of single examples, relative to the largest logit."""
 
 
 def shared_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Which examples lie in a row of `most` tokens together: the longest first, each where it first fits.
+    """The examples in each row of `most` tokens, by first fit: the longest first, each into the first row.
 
     >>> shared_rows([3, 5, 2, 4], most=7)
     [[1, 2], [3, 0]]
@@ -38,9 +38,10 @@ def shared_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 def packed(batch: Batch) -> Batch | None:
-    """A batch's examples in fewer rows of the same width; None where there would be as many.
+    """The batch's examples packed into fewer rows of the same width; None if that saves no row.
 
-    `input_ids` and `position_ids` [rows, tokens]; `places` [batch, learnt] count through all rows.
+    `input_ids` and `position_ids` are [rows, tokens]; `places` [batch, learnt] are indices into all rows
+    joined together.
     """
     ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
     width = ids.shape[1]
@@ -62,7 +63,7 @@ def packed(batch: Batch) -> Batch | None:
 
 
 def check_packs(network: Any) -> None:
-    """Try whether examples in one row don't see each other.
+    """Test, with two short examples, that packed examples don't influence each other in this network.
 
     Raises:
         ConfigError: they do, or the network takes no positions.

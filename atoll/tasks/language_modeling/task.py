@@ -1,8 +1,9 @@
-"""Language modelling: the next token of a text, of completions, or of the assistant's turns.
+"""Language modelling: predicts the next token of texts, completions, or an assistant's turns.
 
-Loss: cross-entropy of the next token, the mean over all tokens of a batch that are learnt (as transformers').
-Under example-level privacy it is the mean over each example's tokens, then over examples: what one example
-adds must not depend on how long the others are.
+Loss: cross-entropy of the next token, the mean over all learnt tokens of a batch (as in transformers).
+Learnt tokens are those that are trained on, without prompts and users' turns. Under example-level privacy the
+loss is the mean over each example's tokens, then over examples, so that an example's term doesn't depend on
+the others' lengths.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 IGNORE_INDEX = -100
-"""A target that isn't there: behind the last learnt token."""
+"""The target at padding after the last learnt token."""
 
 _SOURCES = {"question": "prompt", "answer": "completion"}
-"""What the columns of built-in questions are called here."""
+"""This task's names for the columns of built-in question sets."""
 
 
 @dataclass(frozen=True)
 class LanguageModeling(SchemaTask):
-    """Targets are [n, max_tokens + 1]: the learnt tokens, and how many bytes of text they write."""
+    """Language modelling; targets are [n, max_tokens + 1]: the learnt tokens, last their text's bytes."""
 
     info_fields = ()
 
@@ -82,7 +83,7 @@ class LanguageModeling(SchemaTask):
 
     @cached_property
     def template(self) -> Template | None:
-        """The job's, or the tokenizer's; None where there is neither, or the job's is empty."""
+        """The chat template: the job's, or the tokenizer's; None if there is none, or the job's is empty."""
         source = self.options.template
         if source is None and self._tokenizer.chat_template is not None:
             source = self._tokenizer.get_chat_template()
@@ -90,7 +91,7 @@ class LanguageModeling(SchemaTask):
 
     @cached_property
     def coder(self) -> Coder:
-        """Texts to this backbone's tokens, at most `max_tokens`."""
+        """The conversion of texts to tokens of this backbone, at most `max_tokens` of them."""
         return Coder(self._tokenizer, self.options.max_tokens)
 
     def check(self, job: Job) -> None:
@@ -132,7 +133,7 @@ class LanguageModeling(SchemaTask):
         )
 
     def left_out(self, table: Table) -> Sequence[str]:
-        """A line where the template doesn't write some messages, such as those of a role it doesn't know."""
+        """A line about messages that the template doesn't write, such as those of an unknown role, if any."""
         if self.template is None or "messages" not in table.train.column_names:
             return ()
         parts = [part for part in (table.train, table.test) if part is not None]
@@ -156,7 +157,7 @@ class LanguageModeling(SchemaTask):
         return {}
 
     def required_info(self) -> DataInfo:
-        """The hashes of the tokenizer and the template: others would write the same text in other tokens."""
+        """The hashes of the tokenizer and the chat template, which turn texts into tokens."""
         coded = self._tokenizer.backend_tokenizer.to_str()
         template = {} if self.template is None else {"template": self.template.sha256}
         return {"tokenizer": hashlib.sha256(coded.encode()).hexdigest(), **template}
@@ -173,13 +174,13 @@ class LanguageModeling(SchemaTask):
         """Every row as tokens, in the order of the rows.
 
         Raises:
-            ConfigError: they are conversations, and there is no template.
-            DataError: the template doesn't take one of them.
+            ConfigError: the rows are conversations, and there is no chat template.
+            DataError: the template refuses one of them.
         """
         return [self.coder.tokens(rendered) for rendered in self.rendered(dataset)]
 
     def rendered(self, dataset: Dataset) -> list[Rendered]:
-        """Every row as the network reads it, in the order of the rows; raises as `tokens` does."""
+        """Every row as text with the spans to learn, in the order of the rows; raises as `tokens` does."""
         form = form_of(dataset)
         rows = list(zip(*(dataset[name][:] for name in form), strict=True))
         if form == ("text",):
@@ -194,7 +195,7 @@ class LanguageModeling(SchemaTask):
         ]
 
     def conversation(self, messages: Messages, where: str) -> Rendered:
-        """As the template writes it; raises as `tokens` does."""
+        """A conversation as the chat template writes it; raises as `tokens` does."""
         if self.template is None:
             raise ConfigError(
                 "task.options.template: the data holds messages, and the tokenizer of this backbone has no"
@@ -203,7 +204,7 @@ class LanguageModeling(SchemaTask):
         return self.template.conversation(messages, where)
 
     def targets(self, examples: Sequence[Tokens]) -> torch.Tensor:
-        """The learnt tokens of each example, and behind them all the bytes that they write."""
+        """The targets [n, max_tokens + 1]: each example's learnt tokens, last their text's size in bytes."""
         table = torch.full((len(examples), self.options.max_tokens + 1), IGNORE_INDEX)
         for row, one in zip(table, examples, strict=True):
             learnt = [token for token, is_learnt in zip(one.ids, one.learnt, strict=True) if is_learnt]
@@ -215,23 +216,23 @@ class LanguageModeling(SchemaTask):
         return (".txt",)
 
     def parse_input(self, text: str) -> Batch:
-        """A prompt as tokens: as the template asks for an answer to it, or, without one, as it stands.
+        """A prompt, from a text or file, as tokens; with a chat template, as a user's message.
 
         Raises:
-            DataError: it can't be read, is empty, or the template doesn't take it.
+            DataError: the prompt can't be read, is empty, or the template refuses it.
         """
         ids = self.prompt_tokens(read_text_input(text), "the prompt")
         return prepared(Tokens(tuple(ids), (False,) * len(ids), 0))
 
     def prompt_tokens(self, text: str, where: str) -> list[int]:
-        """The tokens that ask for an answer to a text; raises as `parse_input`."""
+        """The tokens of a prompt, up to where the answer begins; raises as `parse_input`."""
         if self.template is not None:
             return self.tokens_of(self.template.question(asked(text), where))
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
 
     def tokens_of(self, rendered: str) -> list[int]:
-        """The tokens of a text that the template wrote, with all that begins and ends it."""
+        """The tokens of a text that the template wrote, which contains all special tokens already."""
         ids: list[int] = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -249,7 +250,7 @@ class LanguageModeling(SchemaTask):
         return len(rows) if self.examples_count_alike else self.num_with_target(shard.targets_of(rows))
 
     def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What all tokens of an example cost, its mean over examples: in the end it counts by token."""
+        """The sum of an example's token losses, the mean over examples; evaluation divides it by tokens."""
         return (outputs * has_target(outputs, targets)).sum() / len(targets)
 
     def num_with_target(self, targets: torch.Tensor) -> int:
@@ -274,7 +275,10 @@ class LanguageModeling(SchemaTask):
         return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """(surprise, whether it was the likeliest, whether there is a target, bytes of each example)."""
+        """(-log p, whether the target is the most likely token, whether there is a target; bytes).
+
+        The first three are [n, learnt], the last is [n], the size of each example's learnt text.
+        """
         sums = predictions.cpu()
         return sums[:, :, 0], sums[:, :, 1], has_target(sums, targets), targets[:, -1]
 
@@ -293,7 +297,7 @@ class LanguageModeling(SchemaTask):
         return all_samples
 
     def asked_and_said(self, held: Batch) -> tuple[torch.Tensor, str]:
-        """(the tokens [prompt] before what is learnt first, the text that is learnt there)."""
+        """(the tokens before the first learnt span, the text of that span)."""
         places = held["places"]
         if not len(places):
             return places, ""
@@ -310,7 +314,7 @@ class LanguageModeling(SchemaTask):
 
 
 def _check_packing(job: Job) -> None:
-    """Raises ConfigError where every example must have a row of its own."""
+    """Raises ConfigError if the job needs a separate row for each example."""
     if "example" in job.privacy.units:
         raise ConfigError(
             "task.options.packing: under example-level privacy each example's own gradient is clipped, which"
@@ -329,7 +333,7 @@ def asked(prompt: str) -> Messages:
 
 
 def has_target(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Which places of the outputs have a target, [n, places]."""
+    """Whether each position of the outputs has a target, [n, learnt]."""
     return targets[:, : outputs.shape[1]] >= 0
 
 

@@ -1,8 +1,8 @@
-"""From a row to tokens, and which of them are learnt: answers and an assistant's turns, never what was asked.
+"""Converting rows to tokens, and marking the learnt ones: completions and the assistant's turns.
 
-A turn of the assistant is found by rendering the conversation twice, up to it and with it, so that any
-template will do, with `{% generation %}` or without. Templates are rendered in transformers' sandbox,
-jinja2's ImmutableSandboxedEnvironment.
+The assistant's turns are found by rendering the conversation up to the turn and with it, so any template
+works, with or without `{% generation %}`. Templates are rendered in transformers' sandbox, jinja2's
+ImmutableSandboxedEnvironment.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from atoll.errors import DataError
 from atoll.tasks.language_modeling.data import ASSISTANT, Messages
 
 Span = tuple[int, int]
-"""Characters of a text, from the first to behind the last."""
+"""(index of the first character, index after the last character) of a part of a text."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text as the network reads it, and the spans of it that are learnt.
+    """A text as the network reads it, and its learnt spans.
 
-    To one that no template wrote the tokenizer adds the tokens that begin and end a text; an end is learnt.
+    If no template wrote it (`is_templated` is false), the tokenizer adds its begin and end tokens; the end
+    token is learnt.
     """
 
     text: str
@@ -33,10 +34,10 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Tokens:
-    """An example as token ids, and for each whether it is learnt.
+    """An example as token ids, and whether each is learnt.
 
-    `learnt_bytes` is how long the text is, in UTF-8, that the learnt tokens write; tokens that mark the end
-    of a turn write none. `is_cut`: the example was longer.
+    `learnt_bytes` is the size in UTF-8 of the learnt tokens' text; tokens that end a turn have none. `is_cut`
+    says that the example was longer.
     """
 
     ids: tuple[int, ...]
@@ -46,10 +47,10 @@ class Tokens:
 
 
 class Template:
-    """How a conversation is written for a network.
+    """A chat template: writes conversations as the network reads them.
 
     Raises:
-        DataError: from each method, where the template doesn't take a conversation.
+        DataError: from each method, if the template refuses a conversation.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
@@ -58,11 +59,11 @@ class Template:
 
     @property
     def sha256(self) -> str:
-        """Of its source; on it server and sites must agree."""
+        """The hash of the template's source, which must be the same at the server and all sites."""
         return hashlib.sha256(self._source.encode()).hexdigest()
 
     def conversation(self, messages: Messages, where: str) -> Rendered:
-        """The whole conversation, of which the assistant's turns are learnt, each with what ends it."""
+        """The whole conversation; learnt are the assistant's turns, each with its end token."""
         whole = self._text(messages, where)
         spans = [
             self._turn(messages, place, whole, where)
@@ -77,7 +78,7 @@ class Template:
         return {message["role"] for message in messages if message["content"].strip() not in whole}
 
     def question(self, messages: Messages, where: str) -> str:
-        """The conversation up to where the assistant's next turn begins."""
+        """The conversation up to the place where the assistant's next turn begins."""
         probe = self._text([*messages, {"role": ASSISTANT, "content": "0"}], where)
         return probe[: self._begin(messages, probe, where)]
 
@@ -90,7 +91,7 @@ class Template:
         return begin, self._without_blanks_behind_the_end(whole, begin, end)
 
     def _begin(self, before: Messages, whole: str, where: str) -> int:
-        """Where what the assistant says begins, behind all that the template says itself."""
+        """The index at which the assistant's own text begins, after everything the template adds."""
         one, other = (
             self._text([*before, {"role": ASSISTANT, "content": content}], where) for content in "01"
         )
@@ -101,14 +102,14 @@ class Template:
         return max(lengths)
 
     def _prompt(self, before: Messages) -> str:
-        """The text that asks for an answer; empty where the template has none for these messages."""
+        """The conversation with the template's generation prompt; empty if the template refuses it."""
         try:
             return self._render(before, asks=True)
         except _errors():
             return ""
 
     def _without_blanks_behind_the_end(self, whole: str, begin: int, end: int) -> int:
-        """Where a turn has its own end token, what the template puts behind it is nobody's answer."""
+        """The end of a turn: `end`, without whitespace that the template adds after the turn's end token."""
         content = whole[begin:end]
         bare = content.rstrip()
         return begin + len(bare) if bare != content and bare.endswith(self._special) else end
@@ -128,7 +129,7 @@ class Template:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The length of the common prefix of two texts."""
     differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))
 
@@ -141,7 +142,7 @@ def _rewrites(where: str) -> DataError:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What rendering a template may raise: what it says itself, and what its expressions run into."""
+    """The exceptions that rendering a template may raise: its own, and those of its expressions."""
     from jinja2 import TemplateError
 
     return (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError)
@@ -153,18 +154,18 @@ def _special_texts(tokenizer: Any) -> set[str]:
 
 
 def joined(prompt: str, completion: str) -> Rendered:
-    """A prompt and what completes it as they stand, without a template."""
+    """A prompt and its completion concatenated without a template; the completion is learnt."""
     whole = prompt + completion
     return Rendered(whole, ((len(prompt), len(whole)),), is_templated=False)
 
 
 def whole(text: str) -> Rendered:
-    """A text of which all is learnt."""
+    """A text that is learnt completely."""
     return Rendered(text, ((0, len(text)),), is_templated=False)
 
 
 class Coder:
-    """Texts to tokens; what is longer than `most` tokens is cut at the end."""
+    """Converts texts to tokens; longer texts are cut after `most` tokens."""
 
     def __init__(self, tokenizer: Any, most: int) -> None:
         self._tokenizer, self._most = tokenizer, most
@@ -172,7 +173,7 @@ class Coder:
         self._special = set(tokenizer.convert_tokens_to_ids(list(_special_texts(tokenizer))))
 
     def tokens(self, rendered: Rendered) -> Tokens:
-        """A token is learnt where it writes a character that is; the first one never is."""
+        """The tokens of a text; a token is learnt if one of its characters is, but never the first one."""
         ids, spans = self._coded(rendered)
         learnt = [_overlaps(span, rendered.learnt) for span in spans]
         if not rendered.is_templated and self._end is not None:
@@ -183,12 +184,12 @@ class Coder:
         return Tokens(tuple(ids[within]), tuple(learnt[within]), size, is_cut=len(ids) > self._most)
 
     def writes(self, rendered: Rendered, span: Span) -> tuple[bool, ...]:
-        """For each of the `tokens`, whether it writes a character of the span."""
+        """Whether each of the `tokens` has a character of the span."""
         _, spans = self._coded(rendered)
         return tuple(_overlaps(one, (span,)) for one in spans[: self._most])
 
     def _coded(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
-        """The whole text as token ids, and the characters that each writes; those that mark an end, none."""
+        """(token ids of the whole text, each one's characters); the span of an added end token is empty."""
         coded = self._tokenizer(
             rendered.text, add_special_tokens=not rendered.is_templated, return_offsets_mapping=True
         )
@@ -202,7 +203,7 @@ class Coder:
     def _bytes(
         self, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span], learnt: Sequence[bool]
     ) -> int:
-        """The length in UTF-8 of what the learnt tokens write; a letter of several tokens counts once."""
+        """The size in UTF-8 of the learnt tokens' text; a character of several tokens counts once."""
         size, counted = 0, 0
         for token, (begin, end), is_learnt in zip(ids, spans, learnt, strict=True):
             if is_learnt and token not in self._special:
@@ -214,7 +215,7 @@ class Coder:
 
 
 def written_by(offsets: Sequence[Span]) -> list[Span]:
-    """The characters that each token writes: those a tokenizer leaves out before a word are the word's.
+    """The characters of each token; those that a tokenizer skips, such as spaces, belong to the next token.
 
     >>> written_by([(0, 2), (3, 5), (5, 6), (5, 6)])  # a blank, and a letter of two tokens
     [(0, 2), (2, 5), (5, 6), (5, 6)]

@@ -1,1 +1,1 @@
-"""Text to text: encoder and decoder, of translations, summaries and answers."""
+"""Text to text with encoder-decoder models: translations, summaries and answers."""

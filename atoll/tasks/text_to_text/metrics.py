@@ -1,7 +1,7 @@
-"""Texts that were written against those that stand in the data; all are shares from 0 to 1.
+"""Metrics that compare written texts with references; all values are from 0 to 1.
 
-Exact match and token F1 are SQuAD's (Rajpurkar et al. 2016): torchmetrics' adds up in float32 and returns
-percentages. BLEU is torchmetrics', of all texts together.
+Exact match and token F1 are SQuAD's (Rajpurkar et al. 2016); torchmetrics' version isn't used because it sums
+in float32 and returns percentages. BLEU is torchmetrics', over all texts together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(answer: str) -> str:
-    """`answer` in lower case, without punctuation, articles, or more than one space.
+    """`answer` in lower case, without punctuation, articles and repeated spaces (SQuAD's normalisation).
 
     >>> normalised("The  Eiffel Tower!")
     'eiffel tower'
@@ -38,7 +38,7 @@ def normalised(answer: str) -> str:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the words that both have; without words on one side, whether the other has none either.
+    """F1 of the words of prediction and reference; if one has no words, 1 if neither has any, else 0.
 
     >>> token_f1("the red house", "house")  # precision 1/2, recall 1
     0.6666666666666666
@@ -52,7 +52,7 @@ def token_f1(prediction: str, reference: str) -> float:
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004), in lower case without stemming.
 
-    Words are runs of letters and digits. Without words on one side, whether the other has none either.
+    Words are runs of letters and digits. If one text has no words, 1 if neither has any, else 0.
 
     >>> rouge_l("the cat sat", "the black cat sat down")  # 3 words of 3, and of 5
     0.75
@@ -76,12 +76,12 @@ def _longest_common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 class _MeanScore(Mean):
-    """The mean over answers of a score that looks at one answer."""
+    """The mean over answers of a score of a single answer."""
 
     higher_is_better = True
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        """Count each prediction with the one reference that belongs to it."""
+        """Add the score of each prediction against its single reference."""
         self.score += sum(self._score(p, r) for p, r in zip(predictions, references, strict=True))
         self.total += len(predictions)
 
@@ -90,36 +90,36 @@ class _MeanScore(Mean):
 
 
 class ExactMatch(_MeanScore):
-    """The share of answers that equal their reference, once both are normalised."""
+    """The share of answers that equal their reference after both are normalised."""
 
     def _score(self, prediction: str, reference: str) -> float:
         return float(normalised(prediction) == normalised(reference))
 
 
 class TokenF1(_MeanScore):
-    """The mean over answers of the F1 of their words."""
+    """The mean token F1 over answers."""
 
     def _score(self, prediction: str, reference: str) -> float:
         return token_f1(prediction, reference)
 
 
 class RougeL(_MeanScore):
-    """The mean over texts of ROUGE-L."""
+    """The mean ROUGE-L over texts."""
 
     def _score(self, prediction: str, reference: str) -> float:
         return rouge_l(prediction, reference)
 
 
 class Bleu(SacreBLEUScore):
-    """BLEU of all texts together, in words as mteval-v13a splits them, without smoothing (Post 2018).
+    """Corpus BLEU with mteval-v13a's tokenization, without smoothing (Post 2018).
 
-    Undefined (NaN) without a reference's word.
+    Undefined (NaN) if the references have no word.
     """
 
     def update(  # type: ignore[override]
         self, predictions: Sequence[str], references: Sequence[str]
     ) -> None:
-        """Count n-grams of each prediction and its one reference."""
+        """Count the n-grams of each prediction and its single reference."""
         super().update(list(predictions), [[one] for one in references])
 
     def compute(self) -> torch.Tensor:
@@ -127,10 +127,10 @@ class Bleu(SacreBLEUScore):
 
 
 class ChrF(Metric):
-    """chrF2 of all texts together: n-grams of up to 6 characters, recall weighted twice (Popović 2015).
+    """Corpus chrF2: n-grams of up to 6 characters, with recall weighted twice (Popović 2015).
 
-    As sacrebleu's default: without spaces; precision and recall are means over those lengths of which both
-    sides have n-grams. Undefined (NaN) without a reference's character.
+    As sacrebleu's default: spaces are ignored; precision and recall are means over the lengths for which
+    predictions and references both have n-grams. Undefined (NaN) if the references have no character.
     """
 
     is_differentiable = False
@@ -143,11 +143,11 @@ class ChrF(Metric):
         self.add_state("counts", torch.zeros(3, CHARACTERS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        """Count the n-grams of each prediction, of its one reference, and those of both."""
+        """Count the n-grams of each prediction, of its single reference, and the common ones."""
         for pair in zip(predictions, references, strict=True):
             for length in range(1, CHARACTERS + 1):
                 ours, theirs = (_ngrams("".join(text.split()), length) for text in pair)
-                count = ours.total() if theirs else 0  # as sacrebleu: there is nothing that could be met
+                count = ours.total() if theirs else 0  # as sacrebleu, for references that are too short
                 counts = torch.tensor([count, theirs.total(), (ours & theirs).total()])
                 self.counts[:, length - 1] += counts.to(self.counts)
 
@@ -173,4 +173,4 @@ MEASURES: dict[str, Callable[[], Metric]] = {
     "rouge_l": RougeL,
     "bleu": Bleu,
 }
-"""Metrics that a job may choose among."""
+"""The metrics that a job can select, besides chrF."""

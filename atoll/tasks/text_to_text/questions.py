@@ -1,4 +1,4 @@
-"""Question answering: a question, with or without a context, and the answer written out."""
+"""Generative question answering, with or without a context."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ QUESTIONS = Schema(
 
 
 class AnswerOptions(Section):
-    """`task.options` of question answering: the most tokens that an answer is written with."""
+    """`task.options` of question answering: the most tokens of an answer."""
 
     max_answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
 
 
 @dataclass(frozen=True)
 class QuestionAnswering(SequenceTask):
-    """Text to text of questions, whose contexts may be cut."""
+    """Question answering as text to text: the input is a question and its context, which may be cut."""
 
     name: str = "question-answering"
     summary: str = "an answer in words, from a context or without; T5, BART, …; exact match, token F1"
@@ -68,10 +68,12 @@ class QuestionAnswering(SequenceTask):
         return lambda row: prompt(questions[row], contexts[row])
 
     def parse_input(self, line: str) -> Any:
-        """A question, or a whole prompt `question: … context: …`; a text file's, or the text itself.
+        """The prompt for a question, from a text file or `line` itself; a complete prompt stays unchanged.
+
+        A complete prompt has the form `question: … context: …`.
 
         Raises:
-            DataError: it can't be read, or is empty.
+            DataError: the file can't be read, or the text is empty.
         """
         text = read_text_input(line)
         return text if text.startswith("question: ") else prompt(text, "")
@@ -83,7 +85,7 @@ class QuestionAnswering(SequenceTask):
 
 
 def prompt(question: str, context: str) -> str:
-    """What the network reads: the question first, so that only a context is ever cut.
+    """The network's input; the question comes first, so that only the context is cut if it is too long.
 
     >>> prompt("where is Anna?", "Anna is in the garden.")
     'question: where is Anna? context: Anna is in the garden.'

@@ -1,6 +1,6 @@
-"""What tasks share whose answer is written out: targets as tokens, the network, the loss.
+"""The base class of tasks whose answer is a generated text: targets as tokens, network and loss.
 
-Loss: cross-entropy of the target's next token, the mean over each target's own tokens, then over examples.
+Loss: cross-entropy of the target's next token, the mean over each target's tokens, then over examples.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 IGNORE_INDEX = -100
-"""A target that isn't there: behind a short answer."""
+"""The target at padding after an answer."""
 
 
 class SequenceTask(SchemaTask):
-    """Targets are [n, most + bytes]: the target's first tokens, then its text in UTF-8, to score."""
+    """A task that generates text; targets are [n, most + bytes]: up to `most` tokens, then the UTF-8 text."""
 
     info_fields = ()
 
@@ -41,23 +41,23 @@ class SequenceTask(SchemaTask):
     sees_targets = True
     backbone: Backbone | None
     target: str
-    """The column that is learnt."""
+    """The name of the target column."""
 
     @property
     def most(self) -> int:
-        """The most tokens that a target is written with."""
+        """The most tokens of a target."""
         raise NotImplementedError
 
     def with_options(self, options: Options) -> Self:
-        """This task with these `task.options`.
+        """This task with the given `task.options`.
 
         Raises:
-            ConfigError: there is no such option, or its value doesn't fit.
+            ConfigError: an option is unknown, or its value is invalid.
         """
         raise NotImplementedError
 
     def prompts(self, dataset: Dataset) -> Callable[[int], str]:
-        """What the network reads of each row."""
+        """A function from a row's number to the network's input text."""
         raise NotImplementedError
 
     @cached_property
@@ -85,7 +85,7 @@ class SequenceTask(SchemaTask):
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
     def targets(self, texts: Sequence[str]) -> torch.Tensor:
-        """The tokens to learn (of a long text the first ones), and the whole text to be measured by."""
+        """The targets [n, most + bytes]: tokens to train on (cut at `most`), and the text for metrics."""
         most = self.most
         tokens = self._tokenizer(text_target=list(texts), truncation=True, max_length=most)["input_ids"]
         coded = [list(text.encode()) for text in texts]
@@ -98,7 +98,7 @@ class SequenceTask(SchemaTask):
     def notes_on(
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
-        """How much of the texts is longer than what is read and written."""
+        """Lines about how many inputs and targets are longer than the network reads and writes."""
         table = self.read(source, data, options)
         parts = [part for part in (table.train, table.test) if part is not None]
         bound, tokenizer = self.with_options(options), answer_tokenizer(backbone)
@@ -124,7 +124,7 @@ class SequenceTask(SchemaTask):
         return surprise(outputs, targets[:, : outputs.shape[1]])
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """Texts as they were written, and as they stand in the data."""
+        """(the generated texts, the true texts)."""
         texts = targets[:, self.most :].tolist()
         return predictions, [bytes(b for b in text if b >= 0).decode() for text in texts]
 
@@ -133,7 +133,7 @@ class SequenceTask(SchemaTask):
 
 
 def measured(metrics: dict[str, Any]) -> MetricCollection:
-    """Metrics of texts, each with states of its own."""
+    """A collection of these metrics in which no two share states."""
     from torchmetrics import MetricCollection
 
     return MetricCollection(metrics, compute_groups=False)

@@ -1,4 +1,4 @@
-"""Text to text: a source and the target written out, of translations, summaries, answers in any form."""
+"""Text to text: generates a target text from a source text, such as a translation or a summary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Measure = Literal["exact_match", "token_f1", "rouge_l", "bleu"]
 class TextToTextOptions(Section):
     """`task.options` of text to text.
 
-    `prefix` stands before each source, as T5 was trained with: "summarize: ". `metrics` are measured besides
+    `prefix` is put before each source, as in T5's training ("summarize: "). `metrics` are computed besides
     chrF; each costs time on long texts.
     """
 
@@ -48,7 +48,7 @@ class TextToTextOptions(Section):
 
 @dataclass(frozen=True)
 class TextToText(SequenceTask):
-    """Sources, with the job's prefix, and what is to be written for each."""
+    """Text to text; the input is the job's prefix and the source."""
 
     name: str = "text-to-text"
     summary: str = "a text from a text: translation, summary; T5, BART, …; chrF, BLEU, ROUGE-L, exact match"
@@ -71,7 +71,7 @@ class TextToText(SequenceTask):
         return PAIRS
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
-        """Pairs as they are; a question with its context is a source, and its answer the target."""
+        """The source's pairs; for question sets, the question with its context is the source."""
         return super().from_builtin({split: _paired(table) for split, table in splits.items()}, job)
 
     def prompts(self, dataset: Dataset) -> Callable[[int], str]:
@@ -79,10 +79,10 @@ class TextToText(SequenceTask):
         return lambda row: f"{prefix}{sources[row]}"
 
     def parse_input(self, text: str) -> Any:
-        """A source, before which the prefix is put; a text file's, or the text itself.
+        """The prefix followed by a source, from a text file or `text` itself.
 
         Raises:
-            DataError: it can't be read, or is empty.
+            DataError: the file can't be read, or the text is empty.
         """
         return f"{self.options.prefix}{read_text_input(text)}"
 
