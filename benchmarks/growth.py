@@ -105,8 +105,8 @@ def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]
     table = Dataset(pa.table(columns))
     keys = example_keys(table)
     _fill_cache(job, keys, torch.from_numpy(features))
-    deck = np.argsort(labels, kind="stable")
-    assignment = SampledAssignment(deck, np.bincount(labels), point.population, EXAMPLES, 0.3, seed=1)
+    row_order = np.argsort(labels, kind="stable")
+    assignment = SampledAssignment(row_order, np.bincount(labels), point.population, EXAMPLES, 0.3, seed=1)
     return Population(job, table, table.select([]), keys, assignment)
 
 

@@ -27,7 +27,7 @@ from atoll.protocol.random_streams import stream_seed
 from atoll.sim.population.assignment import FixedAssignment, SampledAssignment, dirichlet
 from atoll.sim.population.partition import check_all_dealt
 from atoll.sim.population.population import Population, client_names, number_of
-from atoll.sim.population.skew import dirichlet_hands
+from atoll.sim.population.skew import dirichlet_partition
 
 
 def texts(path: Path, order: int = 0) -> Path:
@@ -57,7 +57,7 @@ def job_of(source: Path, partition: dict[str, Any], clients: int, **data: Any) -
     return Job.parse(table, origin="test")
 
 
-def hands(found: Population) -> list[list[int]]:
+def rows_by_client(found: Population) -> list[list[int]]:
     """The rows of every client."""
     return [rows.tolist() for rows in found.assignment.rows(range(len(found.assignment.sizes)))]
 
@@ -76,14 +76,14 @@ RULES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r["kind"])
 def test_every_training_example_goes_to_exactly_one_client(tmp_path: Path, rule: dict[str, Any]) -> None:
     found = population(tmp_path, rule)
-    assert sorted(row for rows in hands(found) for row in rows) == list(range(len(found.train)))
+    assert sorted(row for rows in rows_by_client(found) for row in rows) == list(range(len(found.train)))
     assert len(found.train) + len(found.test) == 300
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r["kind"])
 def test_the_order_of_rows_in_the_file_changes_no_shard(tmp_path: Path, rule: dict[str, Any]) -> None:
     a, b = (population(tmp_path, rule, order=order) for order in (0, 1))
-    for rows_a, rows_b in zip(hands(a), hands(b), strict=True):
+    for rows_a, rows_b in zip(rows_by_client(a), rows_by_client(b), strict=True):
         assert sorted(a.keys[r] for r in rows_a) == sorted(b.keys[r] for r in rows_b)
     assert sorted(example_keys(a.test)) == sorted(example_keys(b.test))
 
@@ -97,28 +97,28 @@ def test_equal_examples_are_never_on_both_sides_of_the_test_split(tmp_path: Path
 def test_iid_clients_are_of_one_size_and_mixed(tmp_path: Path) -> None:
     found = population(tmp_path, {"kind": "iid"})
     labels = found.train["label"]
-    sizes = [len(rows) for rows in hands(found)]
+    sizes = [len(rows) for rows in rows_by_client(found)]
     assert max(sizes) - min(sizes) <= 1
-    assert all(min(Counter(labels[r] for r in rows).values()) >= 4 for rows in hands(found))
+    assert all(min(Counter(labels[r] for r in rows).values()) >= 4 for rows in rows_by_client(found))
 
 
 def test_a_pathological_client_has_its_number_of_classes(tmp_path: Path) -> None:
     found = population(tmp_path, {"kind": "pathological", "classes_per_client": 1})
     labels = found.train["label"]
-    assert all(len({labels[r] for r in rows}) == 1 for rows in hands(found))
+    assert all(len({labels[r] for r in rows}) == 1 for rows in rows_by_client(found))
 
 
 def test_a_natural_client_is_one_value_of_the_column(tmp_path: Path) -> None:
     found = population(tmp_path, {"kind": "natural", "by": "hospital"})
     hospitals = found.train["hospital"]
-    assert [{hospitals[r] for r in rows} for rows in hands(found)] == [{f"h{i}"} for i in range(6)]
+    assert [{hospitals[r] for r in rows} for rows in rows_by_client(found)] == [{f"h{i}"} for i in range(6)]
 
 
 def test_a_smaller_alpha_skews_labels_more(tmp_path: Path) -> None:
     def skew(alpha: float) -> float:
         found = population(tmp_path, {"kind": "dirichlet", "alpha": alpha, "min_examples": 1})
         labels = found.train["label"]
-        most = [max(Counter(labels[r] for r in rows).values()) / len(rows) for rows in hands(found)]
+        most = [max(Counter(labels[r] for r in rows).values()) / len(rows) for rows in rows_by_client(found)]
         return sum(most) / len(most)
 
     assert skew(0.1) > skew(100.0) + 0.2
@@ -179,7 +179,7 @@ def test_clients_hold_what_flwr_datasets_gives_them(
     found = population(tmp_path, rule, clients)
     order = ranked(found.keys, 3, "partition")
     theirs.dataset = datasets.Dataset.from_dict({**found.train.select(order)[:], "row": order})
-    assert hands(found) == [theirs.load_partition(i)["row"][:] for i in range(clients)]
+    assert rows_by_client(found) == [theirs.load_partition(i)["row"][:] for i in range(clients)]
 
 
 def test_a_natural_column_with_gaps_is_refused_by_name(tmp_path: Path) -> None:
@@ -288,11 +288,11 @@ def test_a_value_is_one_client_however_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_lost_in_dealing_stops_the_run() -> None:
-    deck = np.arange(10)
-    check_all_dealt(FixedAssignment.of([deck[:4], deck[4:]]), deck)
-    for hands in ([deck[:4], deck[5:]], [deck[:5], deck[4:]]):
+    row_order = np.arange(10)
+    check_all_dealt(FixedAssignment.of([row_order[:4], row_order[4:]]), row_order)
+    for rows_by_client in ([row_order[:4], row_order[5:]], [row_order[:5], row_order[4:]]):
         with pytest.raises(JobError, match="expected each of the 10 once"):
-            check_all_dealt(FixedAssignment.of(hands), deck)
+            check_all_dealt(FixedAssignment.of(rows_by_client), row_order)
 
 
 def test_examples_of_classes_that_nobody_holds_are_told(tmp_path: Path) -> None:
@@ -306,12 +306,12 @@ def test_a_dirichlet_that_cannot_be_met_says_what_would_do() -> None:
     with pytest.raises(
         ConfigError, match=r"^data\.partition\.alpha: with 0\.01 .* ([\d.]+) would do"
     ) as said:
-        dirichlet_hands(labels, 5, 0.01, least=5, seed=SEED)
+        dirichlet_partition(labels, 5, 0.01, least=5, seed=SEED)
     named = float(str(said.value).split("draws; ")[1].split(" would")[0])
     assert sorted(
-        place for hand in dirichlet_hands(labels, 5, named, least=5, seed=SEED) for place in hand
+        place for rows in dirichlet_partition(labels, 5, named, least=5, seed=SEED) for place in rows
     ) == [*range(60)]
     with pytest.raises(ConfigError):
-        dirichlet_hands(labels, 5, named / 2, least=5, seed=SEED)
+        dirichlet_partition(labels, 5, named / 2, least=5, seed=SEED)
     with pytest.raises(ConfigError, match=r"federation\.clients = 6 would do at best, or .*min_examples = 8"):
-        dirichlet_hands(labels, 7, 1.0, least=10, seed=SEED)
+        dirichlet_partition(labels, 7, 1.0, least=10, seed=SEED)

@@ -1,1 +1,1 @@
-"""Simulated clients: how data is parted among them, and how their devices behave."""
+"""Simulated clients: how data is partitioned among them, and how their devices behave."""

@@ -1,14 +1,14 @@
-"""Simulated time: how fast each client's device computes and sends, and who is there at all.
+"""Simulated devices: how fast each client computes and communicates, and whether it is available.
 
-The model. A client that is there answers a call after
+An available client answers a request after
 
     2 * latency + 8 * down / download + examples * epochs / speed + 8 * up / upload
 
-seconds: `down` is the size in bytes of the trained tensors, `up` that of an update as it travels,
-`examples` are those it trains on, rates are in bit/s. It is there with its own probability, drawn anew
-for every call; one that is not says so at once. A round ends when as many updates have come as it wants
-(`federation.cohort`), or when all that can come have come, or at the deadline, whichever is first. Time
-at the server is not counted.
+seconds, where `down` is the size in bytes of the trained tensors, `up` that of an update as it is sent,
+`examples` the number of its training examples, and rates are in bit/s. A client is available with its own
+probability, drawn anew for every request; an unavailable one is known at once. A round ends when it has as
+many updates as it wants (`federation.cohort`), or all available clients have answered, or at the deadline,
+whichever is first. The server's own time is not counted.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ FIELDS = {
     "latency_seconds": 0.0,
     "availability": 1.0,
 }
-"""Columns of a profile and what holds where one is left out."""
+"""The columns of a device profile and their default values; None: the column is required."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Kinds of devices: columns by name, [kinds], and which client has which.
+    """A device profile: the properties of each kind of device, by column [kinds], and each client's kind.
 
-    A profile names every client, or gives each kind's `share` of them.
+    Either `rows` maps every client to its kind, or `ends` [kinds] are the cumulative shares of the kinds.
     """
 
     columns: dict[str, Numbers]
@@ -60,10 +60,10 @@ class Profile:
 
     @classmethod
     def read(cls, path: Path, names: Sequence[str]) -> Profile:
-        """Read a CSV with a row for each client (`client`) or each kind of device (`share`).
+        """Read a CSV with one row per client (column `client`) or per kind of device (column `share`).
 
         Raises:
-            ConfigError: one line that names the file, the line, what was found and what is expected.
+            ConfigError: the file is invalid; one line that names the file and the line in it.
         """
         table = _rows(path)
         columns = {
@@ -82,7 +82,7 @@ class Profile:
         return cls(columns, np.cumsum(shares) / shares.sum(), {})
 
     def kinds(self, clients: Sequence[str], seed: int) -> NDArray[np.int64]:
-        """Each client's row; where kinds have shares a client keeps the one it drew."""
+        """The index of each client's kind, [clients]; drawn once per client if kinds have shares."""
         if self.ends is None:
             return np.array([self.rows[client] for client in clients], dtype=np.int64)
         numbers = np.array([number_of(client) for client in clients], dtype=np.uint64)
@@ -92,7 +92,7 @@ class Profile:
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, cells by column) of every row."""
+    """(line number, cells by column) for every row of the CSV file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -115,7 +115,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _number(path: Path, line: int, row: dict[str, str], field: str, default: float | None) -> float:
-    """One cell; an empty or absent one is the default."""
+    """The number in a cell; the default if the cell is empty or the column is missing."""
     text = (row.get(field) or "").strip()
     if not text and default is not None:
         return default
@@ -134,7 +134,7 @@ def _number(path: Path, line: int, row: dict[str, str], field: str, default: flo
 
 @dataclass(frozen=True)
 class VirtualClock:
-    """Decides by the devices' profile who answers in time, and what the round then took."""
+    """Decides by the device profile which clients answer in time, and how long the round takes."""
 
     job: Job
     profile: Profile
@@ -146,7 +146,7 @@ class VirtualClock:
         return turnout(call.cohort, self.arrivals(call), call.goal, self.job.federation.deadline or math.inf)
 
     def arrivals(self, call: CohortRequest) -> Numbers:
-        """Seconds from the call to each client's reply, infinite for one that isn't there."""
+        """Seconds from the request to each client's reply, [cohort]; infinite for unavailable clients."""
         numbers = np.array([number_of(client) for client in call.cohort], dtype=np.int64)
         kinds = self.profile.kinds(call.cohort, self.job.seed)
         number = stream_seed(self.job.seed, "available", call.round, call.attempt)
@@ -163,9 +163,10 @@ class VirtualClock:
         bytes_up: int,
         steps: int | None = None,
     ) -> Numbers:
-        """When each answers, in seconds after the call; what it is expected to keep back isn't trained on.
+        """Seconds from the request to each available client's reply, [clients].
 
-        Each takes so many local `steps`, or those that the job says.
+        `kinds` are the clients' kinds of device, `sizes` their numbers of examples, of which the expected
+        number of validation examples isn't trained on. `steps` is the number of local steps; None: the job's.
         """
         trained = expected_training_examples(sizes, self.job.data)
         work = self.job.train.with_steps(steps).expected_examples_seen(trained) / self._of(
@@ -181,9 +182,9 @@ class VirtualClock:
 
 
 def turnout(cohort: Sequence[str], arrival: Numbers, goal: int, deadline: float) -> Participation:
-    """The first `goal` arrivals before the deadline, by time and then by name.
+    """The clients with the first `goal` arrivals before the deadline; of equal times the earlier name wins.
 
-    An arrival is in seconds; infinity stands for a client that isn't there.
+    `arrival` is in seconds, [cohort], infinite for unavailable clients; `deadline` is in seconds.
     """
     there = int(np.isfinite(arrival).sum())
     in_time = int((np.isfinite(arrival) & (arrival <= deadline)).sum())
@@ -199,10 +200,10 @@ def turnout(cohort: Sequence[str], arrival: Numbers, goal: int, deadline: float)
 
 
 def clock_of(population: Population) -> AvailabilityModel:
-    """The job's clock: the devices' own, or none.
+    """The availability model of the job: its simulated devices, or else all clients always available.
 
     Raises:
-        ConfigError: the devices' profile can't be used.
+        ConfigError: the device profile is invalid.
     """
     job = population.job
     if job.federation.devices is None:

@@ -1,6 +1,6 @@
-"""Split one source over simulated clients, as flwr-datasets' partitioners do.
+"""Partitioning one source over simulated clients, with the same results as flwr-datasets' partitioners.
 
-They make one table a client; here the same rows come out of array operations, for a million clients too.
+Those make one table per client; here array operations give the same rows, also for a million clients.
 """
 
 from __future__ import annotations
@@ -17,78 +17,84 @@ from atoll.job.partitions import brought_partition
 from atoll.job.privacy import SHARED_EXAMPLES
 from atoll.protocol.random_streams import stream_seed
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows, SampledAssignment
-from atoll.sim.population.skew import dirichlet_hands, pathological_hands
+from atoll.sim.population.skew import dirichlet_partition, pathological_partition
 
 
 def partition(
     table: Dataset, order: Sequence[int], job: Job, groups: Sequence[str] | None = None
 ) -> Assignment:
-    """Which rows of `table` each client holds. `order` is how they are dealt: by content alone.
+    """The rows of `table` that each client holds, by the job's `data.partition`.
 
-    Rows of one of the `groups` (a patient, say) stay together, where they are dealt evenly.
+    `order` is the order in which rows are assigned; it depends on their content alone. With `groups` (each
+    row's patient, say), an even partition keeps the rows of a group together.
 
     Raises:
-        ConfigError: the data can't be split that way.
+        ConfigError: the data can't be partitioned in this way.
     """
     clients, rule = job.federation.clients, job.data.partition
     if len(order) < (rule.examples if isinstance(rule, Resampled) else clients):
         raise ConfigError(_too_few(len(order), job))
-    deck = np.asarray(order, dtype=np.int64)
+    row_order = np.asarray(order, dtype=np.int64)
     match rule:
         case Iid():
-            dealt = _evenly(deck, clients) if groups is None else _evenly_together(deck, clients, groups)
+            dealt = (
+                _evenly(row_order, clients)
+                if groups is None
+                else _evenly_together(row_order, clients, groups)
+            )
         case Natural():
-            dealt = _by_value(deck, table, rule.by, clients)
+            dealt = _by_value(row_order, table, rule.by, clients)
         case Resampled():
-            return _drawn(deck, table, rule, job)
+            return _drawn(row_order, table, rule, job)
         case OtherPartition():
-            return _brought(deck, table, rule, job)
+            return _brought(row_order, table, rule, job)
         case _:
-            dealt = _skewed(deck, table, job)
+            dealt = _skewed(row_order, table, job)
     if not isinstance(rule, Pathological):
-        check_all_dealt(dealt, deck)
+        check_all_dealt(dealt, row_order)
     return dealt
 
 
-def check_all_dealt(dealt: FixedAssignment, deck: Rows) -> None:
-    """Raises JobError unless each row of the deck is with one client, and with one alone."""
-    if not np.array_equal(np.sort(dealt.deck), np.sort(deck)):
+def check_all_dealt(dealt: FixedAssignment, row_order: Rows) -> None:
+    """Raises JobError unless every row of `row_order` is assigned to exactly one client."""
+    if not np.array_equal(np.sort(dealt.row_order), np.sort(row_order)):
         raise JobError(
-            f"data.partition: {len(dealt.deck)} rows were dealt, {len(dealt.held())} of them different;"
-            f" expected each of the {len(deck)} once"
+            f"data.partition: {len(dealt.row_order)} rows were dealt, {len(dealt.held())} of them different;"
+            f" expected each of the {len(row_order)} once"
         )
 
 
-def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> FixedAssignment:
-    """As an extension's function splits it, which sees the examples in the order of the deck.
+def _brought(row_order: Rows, table: Dataset, rule: OtherPartition, job: Job) -> FixedAssignment:
+    """The partition that an extension's function makes of the examples in the order of `row_order`.
 
     Raises:
-        ConfigError: it isn't there, its options don't fit, or what it returns is no split.
+        ConfigError: the extension is unknown, its options are invalid, or it returns no valid partition.
     """
     extension, options = brought_partition(rule)
     assert extension.thing is not None
     generator = np.random.default_rng(stream_seed(job.seed, "partition", rule.kind))
     clients = job.federation.clients
-    returned = extension.thing(table.select(deck), clients, generator, *options)
+    returned = extension.thing(table.select(row_order), clients, generator, *options)
     where = f"data.partition: {rule.kind} ({extension.origin}) returned"
     if len(returned) != clients:
         raise ConfigError(
             f"{where} {len(returned)} lists of rows, expected one for each of {clients} clients"
         )
-    hands = [np.asarray(hand) for hand in returned]
-    for client, hand in enumerate(hands):
-        if not len(hand):
+    rows_by_client = [np.asarray(rows) for rows in returned]
+    for client, rows in enumerate(rows_by_client):
+        if not len(rows):
             raise ConfigError(f"{where} no row for client {client}, expected at least one for each")
-        if hand.ndim != 1 or not np.issubdtype(hand.dtype, np.integer):
-            raise ConfigError(f"{where} {hand.dtype} for client {client}, expected a list of row numbers")
-        if hand.min() < 0 or hand.max() >= len(deck) or len(np.unique(hand)) < len(hand):
+        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+            raise ConfigError(f"{where} {rows.dtype} for client {client}, expected a list of row numbers")
+        if rows.min() < 0 or rows.max() >= len(row_order) or len(np.unique(rows)) < len(rows):
             raise ConfigError(
-                f"{where} rows for client {client} that are twice there or none of the {len(deck)},"
-                f" expected different numbers from 0 to {len(deck) - 1}"
+                f"{where} rows for client {client} that are twice there or none of the {len(row_order)},"
+                f" expected different numbers from 0 to {len(row_order) - 1}"
             )
-    if "example" in job.privacy.units and len(np.unique(np.concatenate(hands))) < sum(map(len, hands)):
+    held = np.concatenate(rows_by_client)
+    if "example" in job.privacy.units and len(np.unique(held)) < len(held):
         raise ConfigError(f"data.partition: {rule.kind} ({extension.origin}) {SHARED_EXAMPLES}")
-    return FixedAssignment.of([deck[hand] for hand in hands])
+    return FixedAssignment.of([row_order[rows] for rows in rows_by_client])
 
 
 def _too_few(count: int, job: Job) -> str:
@@ -101,40 +107,42 @@ def _too_few(count: int, job: Job) -> str:
     )
 
 
-def _evenly(deck: Rows, clients: int) -> FixedAssignment:
-    """As flwr-datasets' IidPartitioner: consecutive runs, the first ones longer by one."""
-    size, longer = divmod(len(deck), clients)
+def _evenly(row_order: Rows, clients: int) -> FixedAssignment:
+    """As flwr-datasets' IidPartitioner: consecutive runs of equal length, the first ones longer by one."""
+    size, longer = divmod(len(row_order), clients)
     numbers = np.arange(clients + 1)
-    return FixedAssignment(deck, numbers * size + np.minimum(numbers, longer))
+    return FixedAssignment(row_order, numbers * size + np.minimum(numbers, longer))
 
 
-def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> FixedAssignment:
-    """Runs of as even a length as whole groups allow; `deck` has each group's rows side by side.
+def _evenly_together(row_order: Rows, clients: int, groups: Sequence[str]) -> FixedAssignment:
+    """Consecutive runs of whole groups, with lengths as even as possible.
+
+    In `row_order` the rows of a group must be consecutive.
 
     Raises:
         ConfigError: there are fewer groups than clients.
     """
-    owner = np.array(groups)[deck]
+    owner = np.array(groups)[row_order]
     starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
     if len(starts) < clients:
         raise ConfigError(
             f"federation.clients: {clients} clients cannot share {len(starts)} groups of examples that belong"
             " together, set fewer"
         )
-    ends = np.append(starts[1:], len(deck))
-    wanted = np.arange(1, clients) * len(deck) / clients
+    ends = np.append(starts[1:], len(row_order))
+    wanted = np.arange(1, clients) * len(row_order) / clients
     last = np.maximum.accumulate(np.searchsorted(ends, wanted, side="left"))
-    # Every client gets a group of its own: cuts move apart where a group is longer than a share.
+    # Every client gets at least one group: cuts are moved apart where a group exceeds a client's share.
     number = np.arange(1, clients)
     cut = np.minimum(np.maximum.accumulate(last + 1 - number) + number, len(starts) - (clients - number))
-    return FixedAssignment(deck, np.concatenate([[0], starts[cut], [len(deck)]]).astype(np.int64))
+    return FixedAssignment(row_order, np.concatenate([[0], starts[cut], [len(row_order)]]).astype(np.int64))
 
 
 def keys_of(table: Dataset, by: str) -> list[int | float] | list[str]:
-    """The values of a column that the partition goes by: numbers where all are, else one text for each value.
+    """The values of the column by which a partition assigns rows: all numbers, or all texts.
 
     Raises:
-        ConfigError: there is no such column, or a row has nothing in it.
+        ConfigError: there is no such column, or it is empty in a row.
     """
     if by not in table.column_names:
         raise ConfigError(
@@ -153,35 +161,35 @@ def keys_of(table: Dataset, by: str) -> list[int | float] | list[str]:
 
 
 def check_keys(table: Dataset, rule: Partition) -> None:
-    """Raises ConfigError where a row of a source has nothing by which it could be dealt."""
+    """Raises ConfigError if the column by which the partition assigns rows is missing, or empty in a row."""
     by = getattr(rule, "by", None)
     if by is not None and (by in table.column_names or not isinstance(rule, Resampled)):
         keys_of(table, by)
 
 
-def _by_value(deck: Rows, table: Dataset, by: str, clients: int) -> FixedAssignment:
-    """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
-    values, owner = np.unique(np.array(keys_of(table, by))[deck], return_inverse=True)
+def _by_value(row_order: Rows, table: Dataset, by: str, clients: int) -> FixedAssignment:
+    """As flwr-datasets' NaturalIdPartitioner: one client per value of a column, in the values' order."""
+    values, owner = np.unique(np.array(keys_of(table, by))[row_order], return_inverse=True)
     if len(values) != clients:
         raise ConfigError(
             f"federation.clients: column {by!r} has {len(values)} values, found clients = {clients}"
         )
     starts = np.concatenate([[0], np.cumsum(np.bincount(owner))]).astype(np.int64)
-    return FixedAssignment(deck[np.argsort(owner, kind="stable")], starts)
+    return FixedAssignment(row_order[np.argsort(owner, kind="stable")], starts)
 
 
 LISTED = 10_000
-"""Clients up to which it is drawn at once what each holds; of more, what the cohort holds every round."""
+"""Up to this many clients all rows are sampled in advance; with more, only the cohort's, every round."""
 
 
-def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Assignment:
+def _drawn(row_order: Rows, table: Dataset, rule: Resampled, job: Job) -> Assignment:
     if rule.alpha is None and rule.by not in table.column_names:
-        label = np.zeros(len(deck), dtype=np.int64)
+        label = np.zeros(len(row_order), dtype=np.int64)
     else:
-        label = np.unique(np.array(keys_of(table, rule.by))[deck], return_inverse=True)[1]
+        label = np.unique(np.array(keys_of(table, rule.by))[row_order], return_inverse=True)[1]
     clients = job.federation.clients
     drawn = SampledAssignment(
-        deck[np.argsort(label, kind="stable")],
+        row_order[np.argsort(label, kind="stable")],
         np.bincount(label),
         clients,
         rule.examples,
@@ -191,23 +199,23 @@ def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Assignment:
     return FixedAssignment.of(drawn.rows(range(clients))) if clients <= LISTED else drawn
 
 
-def _skewed(deck: Rows, table: Dataset, job: Job) -> FixedAssignment:
-    """As flwr-datasets' partitioners deal label skew.
+def _skewed(row_order: Rows, table: Dataset, job: Job) -> FixedAssignment:
+    """A partition with label skew, as flwr-datasets' Dirichlet and pathological partitioners.
 
     Raises:
-        ConfigError: a client would get no example, or the rule can't be kept.
+        ConfigError: a client would get no example, or the rule can't be satisfied.
     """
     rule, clients = job.data.partition, job.federation.clients
     assert isinstance(rule, Dirichlet | Pathological)
     column, seed = keys_of(table, rule.by), stream_seed(job.seed, "partition")
-    labels = [column[row] for row in deck.tolist()]
+    labels = [column[row] for row in row_order.tolist()]
     if isinstance(rule, Dirichlet):
-        hands = dirichlet_hands(labels, clients, rule.alpha, least=rule.min_examples, seed=seed)
+        rows_by_client = dirichlet_partition(labels, clients, rule.alpha, least=rule.min_examples, seed=seed)
     else:
-        hands = pathological_hands(labels, clients, rule.classes_per_client, seed=seed)
-    empty = sum(not hand for hand in hands)
+        rows_by_client = pathological_partition(labels, clients, rule.classes_per_client, seed=seed)
+    empty = sum(not rows for rows in rows_by_client)
     if empty:
         raise ConfigError(
             f"data.partition: {empty} of {clients} clients would get no example; use fewer clients"
         )
-    return FixedAssignment.of([deck[hand] for hand in hands])
+    return FixedAssignment.of([row_order[rows] for rows in rows_by_client])

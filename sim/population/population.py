@@ -1,4 +1,4 @@
-"""The simulated clients: one source, its test part held out, the rest dealt to clients."""
+"""All simulated clients of a run: one source, whose test part is held out and the rest partitioned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from atoll.tasks.data_info import fitting_rows, greeting_info, is_silent
 
 @dataclass(frozen=True)
 class Population:
-    """All clients of a simulation; a client's rows of `train`, and its shard, are made when asked for."""
+    """All clients of a simulation; a client's rows of `train` and its shard are made only when needed.
+
+    `keys` are the hashes of the rows of `train`, `assignment` says which client holds which of them.
+    """
 
     job: Job
     train: Dataset
@@ -43,10 +46,10 @@ class Population:
 
     @classmethod
     def of(cls, job: Job) -> Population:
-        """Read the job's source, and hold the test part out.
+        """Read the job's source, hold out the test part, and partition the rest.
 
         Raises:
-            DataError, ConfigError: the source is missing or unfit.
+            DataError, ConfigError: the source is missing, or unfit for the task or the partition.
         """
         table = read_source(job)
         check_keys(table.train, job.data.partition)
@@ -65,7 +68,7 @@ class Population:
         return cls(job, train, test, keys, assignment, table.notes, counts)._with_hostile_clients()
 
     def _with_hostile_clients(self) -> Population:
-        """The same, whose hostile clients have the labels that the job's attack gives them."""
+        """The same population with the labels of hostile clients changed as the job's attack says."""
         job = self.job
         if job.attack.kind is None:
             return self
@@ -81,10 +84,10 @@ class Population:
         return client_names(job.federation.clients)
 
     def roster(self, job: Job) -> ClientRoster:
-        """All clients, without asking each: what they hold between them is one table.
+        """The roster of all clients, computed from the whole table instead of each client's greeting.
 
         Raises:
-            ConfigError, DataError: they would be told more than a real site tells, or don't fit.
+            ConfigError, DataError: greetings would reveal more than real sites may, or the data doesn't fit.
         """
         key = job.task.model_dump_json() + job.data.model_dump_json() + str(is_silent(job))
         if key not in self._facts:
@@ -97,15 +100,15 @@ class Population:
         return self.train.select(self.assignment.rows([number_of(client)])[0])
 
     def fingerprint(self, job: Job, client: str) -> str:
-        """Nothing: simulated clients' rows are fixed for the run."""
+        """Always empty, because simulated clients' data can't change during a run."""
         return ""
 
     def counts(self, job: Job, client: str) -> Sequence[Counts]:
-        """Nothing: what is left out is left out before the rest is dealt."""
+        """Always empty, because examples are left out before the rest is partitioned."""
         return ()
 
     def whole(self, learner: Learner) -> Shard:
-        """All training examples as one shard; row i of `train` is its `place[i]`-th."""
+        """All training examples as one shard, cached; row i of `train` is its row `place[i]`."""
         key = json.dumps(learner.data_info, sort_keys=True)
         if key not in self._whole:
             self._whole.clear()
@@ -114,22 +117,22 @@ class Population:
 
     @cached_property
     def place(self) -> Rows:
-        """Where each row of `train` stands in `whole`."""
+        """The index in `whole` of each row of `train`, [rows]."""
         place = np.empty(len(self.keys), dtype=np.int64)
         place[np.array(canonical_order(self.keys))] = np.arange(len(self.keys))
         return place
 
     def test_shard(self, learner: Learner) -> Shard | None:
-        """The server's own test set; None where the job holds nothing out."""
+        """The held-out test examples as a shard; None if the job holds nothing out."""
         return learner.task.shard(self.test, learner.data_info) if len(self.test) else None
 
 
 def client_names(count: int) -> Sequence[str]:
-    """`client-0000`, `client-0001`, …; wide enough that sorting is counting. Made when asked for."""
+    """The names `client-0000`, `client-0001`, …, made lazily, with enough digits that they sort by number."""
     width = max(4, len(str(count - 1)))
     return LazyRows(lambda i: f"client-{i:0{width}d}", range(count))
 
 
 def number_of(client: str) -> int:
-    """3 of `client-0003`."""
+    """The number in a client's name: 3 for `client-0003`."""
     return int(client.removeprefix("client-"))

@@ -1,7 +1,7 @@
-"""Clients whose classes are skewed, dealt as flwr-datasets' partitioners deal them: the very same hands.
+"""Partitions with label skew, with exactly the same results as flwr-datasets' partitioners.
 
-Its own package brings in what it draws plots with and Hugging Face's datasets, which takes longer than a
-job's first rounds; and it makes a table a client where places are enough.
+flwr-datasets isn't used because it imports plotting packages and Hugging Face's datasets, which takes longer
+than a job's first rounds, and because it makes one table per client.
 """
 
 from __future__ import annotations
@@ -15,35 +15,37 @@ from numpy.typing import NDArray
 from atoll.errors import ConfigError
 
 ATTEMPTS = 11
-"""Times that Dirichlet shares are drawn until every client has enough examples."""
+"""How often Dirichlet shares are drawn at most, until every client has enough examples."""
 
-Hand = list[int]
-"""Places among the labels."""
+Indices = list[int]
+"""Indices into the labels."""
 
 _Places = dict[Any, NDArray[np.int64]]
-"""Where each class is found."""
+"""The indices of each class's examples."""
 
 
-def dirichlet_hands(
+def dirichlet_partition(
     labels: Sequence[Any], clients: int, alpha: float, *, least: int, seed: int
-) -> list[Hand]:
-    """Each class cut in Dirichlet(alpha) shares, a share a client (Yurochkin et al. 2019).
+) -> list[Indices]:
+    """Divide each class among clients in Dirichlet(alpha) shares (Yurochkin et al. 2019).
+
+    Returns each client's indices into `labels`.
 
     Raises:
-        ConfigError: in no attempt every client had `least` examples.
+        ConfigError: in no attempt did every client get `least` examples.
     """
     places = _by_class(labels)
-    hands = _dirichlet(places, clients, alpha, least, seed)
-    if hands is None:
+    rows_by_client = _dirichlet(places, clients, alpha, least, seed)
+    if rows_by_client is None:
         raise ConfigError(
             f"data.partition.alpha: with {alpha:g} a client got fewer than min_examples = {least} in each of"
             f" {ATTEMPTS} draws; {_what_would_do(places, clients, alpha, least, seed)}"
         )
-    return hands
+    return rows_by_client
 
 
 def _what_would_do(places: _Places, clients: int, alpha: float, least: int, seed: int) -> str:
-    """An alpha that can be met, of the doubled ones; or which other key keeps all of them from it."""
+    """A hint for the error message: a larger alpha that works, or other keys to change if none does."""
     whole = sum(map(len, places.values()))
     if whole < clients * least:
         return (
@@ -56,26 +58,28 @@ def _what_would_do(places: _Places, clients: int, alpha: float, least: int, seed
     return "expected fewer federation.clients or smaller data.partition.min_examples"
 
 
-def _dirichlet(places: _Places, clients: int, alpha: float, least: int, seed: int) -> list[Hand] | None:
-    """The first draw in which every client has enough, if there is one."""
+def _dirichlet(places: _Places, clients: int, alpha: float, least: int, seed: int) -> list[Indices] | None:
+    """The first draw in which every client has `least` examples; None if there is none."""
     rng = np.random.default_rng(seed)
     for _ in range(ATTEMPTS):
-        hands: list[Hand] = [[] for _ in range(clients)]
+        rows_by_client: list[Indices] = [[] for _ in range(clients)]
         for of_class in places.values():
             shares = rng.dirichlet(np.full(clients, alpha, dtype=np.float64))
             cuts = (np.cumsum(shares) * len(of_class)).astype(int)[:-1]
-            for hand, part in zip(hands, np.split(of_class, cuts), strict=True):
-                hand.extend(part.tolist())
-        if min(map(len, hands)) >= least:
-            return _shuffled(hands, rng)
+            for rows, part in zip(rows_by_client, np.split(of_class, cuts), strict=True):
+                rows.extend(part.tolist())
+        if min(map(len, rows_by_client)) >= least:
+            return _shuffled(rows_by_client, rng)
     return None
 
 
-def pathological_hands(labels: Sequence[Any], clients: int, classes: int, *, seed: int) -> list[Hand]:
-    """Some classes a client, each cut evenly among those that have it (McMahan et al. 2017).
+def pathological_partition(labels: Sequence[Any], clients: int, classes: int, *, seed: int) -> list[Indices]:
+    """Give each client `classes` random classes, and divide each class evenly (McMahan et al. 2017).
+
+    Returns each client's indices into `labels`.
 
     Raises:
-        ConfigError: there are fewer classes, or a class has fewer examples than clients that are to hold it.
+        ConfigError: there are fewer classes, or a class has fewer examples than clients to share it.
     """
     rng = np.random.default_rng(seed)
     places = _by_class(labels)
@@ -92,20 +96,20 @@ def pathological_hands(labels: Sequence[Any], clients: int, classes: int, *, see
                 f"data.partition: {len(having)} clients are to share the {len(of_class)} examples of class"
                 f" {name!r}; expected fewer clients, or fewer classes_per_client"
             )
-    hands: list[Hand] = [[] for _ in range(clients)]
+    rows_by_client: list[Indices] = [[] for _ in range(clients)]
     for of_class, having in zip(places.values(), owners, strict=True):
         for client, part in zip(having, np.array_split(of_class, max(len(having), 1)), strict=False):
-            hands[client].extend(part.tolist())
-    return _shuffled(hands, rng)
+            rows_by_client[client].extend(part.tolist())
+    return _shuffled(rows_by_client, rng)
 
 
 def _by_class(labels: Sequence[Any]) -> dict[Any, NDArray[np.int64]]:
-    """Where each class is found, class by class in their order."""
+    """The indices of each class's examples, in the order of the classes."""
     values = np.array(labels)
     return {name: np.flatnonzero(values == name) for name in sorted(set(labels))}
 
 
-def _shuffled(hands: list[Hand], rng: np.random.Generator) -> list[Hand]:
-    for hand in hands:
-        rng.shuffle(hand)
-    return hands
+def _shuffled(rows_by_client: list[Indices], rng: np.random.Generator) -> list[Indices]:
+    for rows in rows_by_client:
+        rng.shuffle(rows)
+    return rows_by_client

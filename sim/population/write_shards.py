@@ -1,4 +1,4 @@
-"""Write simulated clients' shards to disk, so that real sites can hold what the simulation held."""
+"""Writing simulated clients' shards to disk, so that real sites can use the same data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TEST = "held-out-test"
 
 
 def write_shards(job: Job, out: Path) -> Sequence[str]:
-    """A folder a client, in the task's own format, and the test set beside them; the clients' names.
+    """Write one folder per client, in the task's format, and the test set; returns the clients' names.
 
-    The folder appears whole or not at all.
+    `out` is either complete or doesn't appear at all.
 
     Raises:
-        ConfigError: `out` exists and isn't empty, or cannot be written.
+        ConfigError: `out` exists and isn't empty, or can't be written.
     """
     out = out.absolute()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
