@@ -1,4 +1,4 @@
-"""`[attack]`: clients that are hostile on purpose, to try a strategy against. Simulations only."""
+"""`[attack]`: simulated hostile clients, for testing how robust a strategy is."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SCALES: dict[str, float | None] = {
     "gaussian": 1.0,
     "free-rider": None,
 }
-"""Each attack's scale where the job gives none; None where it has none."""
+"""The default scale of each attack; None for attacks without a scale."""
 
 POISONS_LABELS = ("label-flip", "backdoor")
 
 
 class AttackSection(Section):
-    """`[attack]`: what the hostile ones among the clients do.
+    """`[attack]`: how many clients are hostile, and what they do.
 
-    `scale` multiplies what they send: the sign-flipped delta, the mean against all others', deviations for
-    ALIE, the standard deviation of noise, the boosted delta of a backdoor. `victim` and `target` are a
-    backdoor's: examples of the one class are learnt as the other.
+    `scale` is the strength of the attack: the factor of the sign-flipped delta, of the negated mean
+    ("inner-product") or of a backdoor's delta, the number of standard deviations for ALIE, the standard
+    deviation of Gaussian noise. With a backdoor, examples of class `victim` are labelled as `target`.
     """
 
     kind: (
@@ -51,7 +51,7 @@ class AttackSection(Section):
 
     @property
     def factor(self) -> float:
-        """The scale that is meant; 1 where the attack has none."""
+        """The attack's scale: the job's, or the default; 1 for attacks without a scale."""
         usual = SCALES[self.kind] if self.kind else None
         return self.scale or usual or 1.0
 
@@ -66,7 +66,7 @@ class AttackSection(Section):
 
 
 def check_attack(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where such clients would not do what is asked."""
+    """Raises ValueError, in one line that names the key, if the attack doesn't work in this job."""
     kind, federation = job.attack.kind, job.federation
     if kind is None:
         return

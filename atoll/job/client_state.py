@@ -1,4 +1,4 @@
-"""Strategies whose clients keep tensors of their own from round to round, and what such a job can't have."""
+"""Checks of jobs whose strategy lets clients keep tensors between rounds: SCAFFOLD, FedDyn, MOON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ WITH_CLIENT_STATE = ("scaffold", "feddyn")
 
 
 def check_client_state(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where such a strategy would not be exact.
+    """Raises ValueError, in one line that names the key, if SCAFFOLD or FedDyn wouldn't be exact in this job.
 
-    Client-level privacy and secure sums refuse it by themselves: `atoll.job.privacy`.
+    That client-level privacy and secure sums exclude them is checked in `atoll.job.privacy`.
     """
     name = job.strategy.name
     if not job.strategy.keeps_client_state:
@@ -39,7 +39,7 @@ def check_client_state(job: Job) -> None:
 
 
 def _check_gradients_can_be_read_off(job: Job) -> None:
-    """SCAFFOLD's option II takes a client's mean gradient from how far its model moved."""
+    """Check what SCAFFOLD's option II needs, which computes a client's mean gradient from its delta."""
     if job.train.optimizer != "sgd":
         raise ValueError(
             "train.optimizer: scaffold takes a client's mean gradient from how far its steps of SGD led;"
@@ -59,7 +59,7 @@ def _check_gradients_can_be_read_off(job: Job) -> None:
 
 
 def check_last_models(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where last models can't be kept or contrasted."""
+    """Raises ValueError, in one line that names the key, if MOON doesn't work in this job."""
     name = job.strategy.name
     if not job.strategy.keeps_last_model:
         return

@@ -1,4 +1,4 @@
-"""`tune.head_init`: the head of the first round in closed form, from statistics that add up over clients."""
+"""`tune.head_init`: the first round's head is computed in closed form from statistics summed over clients."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from atoll.job.job import Job
 
 RIDGE = 1.0
-"""What weights' squares cost where the job doesn't say."""
+"""The default ridge penalty on squared weights."""
 
 
 def check_closed_form(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where no head can be had in closed form."""
+    """Raises ValueError, in one line that names the key, if the job can't have a head in closed form."""
     if job.tune.head_init is None:
         return
     if job.tune.method != "head":
@@ -32,7 +32,7 @@ def check_closed_form(job: Job) -> None:
 
 
 def _check_kept(job: Job) -> None:
-    """A client's sums can be taken away again where the model is made of nothing else."""
+    """Check that the model consists of clients' sums alone, so that a client's sums can be subtracted."""
     if not job.tune.keep_sums:
         return
     if job.privacy.units:
@@ -48,7 +48,7 @@ def _check_kept(job: Job) -> None:
 
 
 def _check_noised(job: Job) -> None:
-    """Where privacy is promised, the sums are one release for each unit, whose noise fits them."""
+    """Check that under privacy the sums are a single release for each unit, with noise that fits them."""
     privacy, norm = job.privacy, job.tune.feature_norm
     if privacy.unit == "none":
         if norm is not None:
@@ -77,7 +77,7 @@ def _check_noised(job: Job) -> None:
 
 
 def _check_single_release(job: Job) -> None:
-    """Each example is in the sums once: no coin chooses it, and no noised steps follow."""
+    """Check that each example is in the sums exactly once: no sampling, and no noised steps afterwards."""
     if job.federation.rounds != 1:
         raise ValueError(
             "federation.rounds: expected 1 with tune.head_init and privacy.unit = 'example', whose one"
@@ -92,16 +92,16 @@ def _check_single_release(job: Job) -> None:
 
 
 def is_closed_form_round(job: Job, round: int) -> bool:
-    """Whether this round's head is made of statistics, and nothing is trained."""
+    """Whether this round's head is computed from statistics, without training."""
     return job.tune.head_init is not None and round == 1
 
 
 def is_the_only_release(job: Job) -> bool:
-    """Whether the sums of a closed form are all that examples under a promise give away."""
+    """Whether the sums of the closed form are the only release under example-level privacy."""
     return job.tune.head_init is not None and job.privacy.unit == "example"
 
 
 def statistics_shapes(job: Job, classes: int, width: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each statistic, all in float64: how many examples a class has, their features' sum, …"""
+    """The shapes of the statistics, all float64: examples per class, features' sums, second moments."""
     squares = {"squares": (width,)} if job.tune.head_init == "prototype" else {"gram": (width, width)}
     return {"counts": (classes,), "sums": (classes, width), **squares}

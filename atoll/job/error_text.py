@@ -1,4 +1,4 @@
-"""Turn pydantic's findings into the one line a person reads."""
+"""Converting pydantic's validation errors into one readable line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from atoll.job.section import KeyConflict
 
 
 def explain(error: ValidationError, model: type[BaseModel], origin: str, *, joined_by: str = ": ") -> str:
-    """One line: file, key, what was found, what was expected; then how many more there are.
+    """One line: the origin, then key, found and expected value of up to three errors, and how many more.
 
-    With `joined_by="."` the origin is a table's key: `strategy.options.mu: …`.
+    `origin` is a file's name, or, with `joined_by="."`, a table's key: `strategy.options.mu: …`.
     """
     findings = error.errors(include_url=False)
     lines = [_finding(finding, model) for finding in findings[:3]]
@@ -49,14 +49,14 @@ def _finding(finding: Any, model: type[BaseModel]) -> str:
 
 
 KINDS = ("iid", "dirichlet", "pathological", "natural", "resampled")
-"""Tags of the one tagged union there is, `data.partition`."""
+"""The tags of `data.partition`, the only tagged union in a job."""
 
 OTHER = "other partition"
-"""The tag of a partition that an extension brings."""
+"""The tag of an extension's partition."""
 
 
 def _key(loc: tuple[Any, ...]) -> str:
-    """The dotted key as the user wrote it: a union's tag is no part of it."""
+    """The dotted key as the user wrote it, without pydantic's union tags."""
     return ".".join(str(part) for part in loc if part not in (*KINDS, OTHER))
 
 
@@ -68,7 +68,7 @@ def _nearest(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """The keys allowed in the table at `path`."""
+    """The valid keys of the table at `path`."""
     for part in path:
         if part not in model.model_fields:
             continue

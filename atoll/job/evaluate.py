@@ -1,4 +1,4 @@
-"""`[evaluate]`: how often the model is measured, by whom, and against what."""
+"""`[evaluate]`: how often the model is evaluated, at which clients, and with which baselines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class EvaluateSection(Section):
-    """`[evaluate]`: how often the global model is measured, and against what."""
+    """`[evaluate]`: how often the global model is evaluated, and with which baselines."""
 
     every: Count = 1
     clients: Count = 10_000
@@ -28,21 +28,21 @@ class EvaluateSection(Section):
     metrics: dict[str, dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]] = Field(
         default_factory=dict
     )
-    """Metrics that extensions bring, by name, each with its options."""
+    """The options of each additional metric from an extension, by the metric's name."""
 
     @property
     def permutations_taken(self) -> int:
-        """Orders of a round's clients by which Shapley's value is estimated."""
+        """The number of orders of a round's clients from which Shapley values are estimated."""
         return self.permutations or 50
 
     @property
     def truncation_taken(self) -> float:
-        """Differences of the metric up to here count as none in an estimate."""
+        """The difference of the metric up to which two values count as equal in the estimate."""
         return 0.001 if self.truncation is None else self.truncation
 
 
 def check_measuring(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where nobody could measure what the job asks."""
+    """Raises ValueError, in one line that names the key, if what the job asks for can't be evaluated."""
     if job.data.folds is not None and job.privacy.units:
         raise ValueError(
             "data.folds: clients measure nothing under a promise of privacy; expected none with"

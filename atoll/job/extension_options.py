@@ -1,4 +1,4 @@
-"""The `options` of what an extension brings: free keys of a job, checked by the extension's own model."""
+"""The `options` of an extension in a job: free keys, validated by the extension's own pydantic model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from atoll.plugins import Extension
 def checked_options(
     extension: Extension, options: Mapping[str, Any] | None, where: str
 ) -> tuple[object, ...]:
-    """The job's options as the extension's model has them, in a tuple; empty where it declares none.
+    """(an instance of the extension's options model,), or () if the extension declares no model.
 
-    `where` is the table's key in the job, for error messages. `extension` is loaded.
+    `where` is the key of the options in the job, for error messages. `extension` must be loaded.
 
     Raises:
-        ConfigError: a key is unknown, missing, or its value doesn't fit; one line that names it.
+        ConfigError: a key is unknown or missing, or its value is invalid; one line that names it.
     """
     if extension.options is not None:
         return (validated(extension.options, options or {}, where),)
@@ -30,7 +30,7 @@ def checked_options(
 
 
 def validated(model: type[BaseModel], options: Mapping[str, Any], where: str) -> BaseModel:
-    """An instance of a model; a key that it doesn't have is refused, also where the model would ignore it.
+    """The options as an instance of the model; unknown keys are errors, unless the model allows extra keys.
 
     Raises:
         ConfigError: as `checked_options`.

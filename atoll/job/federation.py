@@ -1,4 +1,4 @@
-"""`[federation]`: who takes part in a round, and how what they send travels."""
+"""`[federation]`: which clients take part in a round, and how their updates are sent and weighted."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class OortSection(Section):
-    """`[federation.oort]`: what Oort's choice of clients goes by; `server/selection/oort.py` says how.
+    """`[federation.oort]`: parameters of Oort's client selection, explained in `server/selection/oort.py`.
 
-    `explore` is the part of the first round's cohort that has never sent anything. `seconds` is a client's
-    longest time without a penalty, in virtual seconds; None: the median client's. `speeds` are examples a
-    virtual second, by client; the others draw theirs from 1 to `speed_spread`.
+    `explore` is the fraction of the first round's cohort drawn from clients that have sent nothing yet.
+    `seconds` is the longest duration without a penalty, in virtual seconds; None: the median client's.
+    `speeds` are in examples per virtual second, by client; other clients' are drawn from 1 to `speed_spread`.
     """
 
     explore: Rate = 0.9
@@ -53,7 +53,7 @@ IN_SIMULATED_TIME = Needs("devices", why="a profile of the clients' by which tim
 
 
 class FederationSection(Section):
-    """`[federation]`: who takes part in a round, and how what they send travels."""
+    """`[federation]`: which clients take part in a round, and how their updates are sent and weighted."""
 
     clients: Count = 20
     cohort: Annotated[
@@ -92,7 +92,7 @@ class FederationSection(Section):
         return self
 
     def merge_weight(self, examples: int) -> int:
-        """What an update of so many examples weighs in the mean; one of none weighs nothing.
+        """The weight in the mean of an update from this many examples; 0 for none.
 
         >>> FederationSection(weights="capped", weight_cap=100).merge_weight(250)
         100
@@ -134,18 +134,18 @@ class FederationSection(Section):
 
     @property
     def chooses_by_losses(self) -> bool:
-        """Whether who takes part in a round depends on what clients say of their losses."""
+        """Whether the cohort depends on the training losses that clients report."""
         return self.selection in ("power-of-choice", "oort")
 
 
 SENDS_LOSSES = ("qffl", "afl")
-"""Strategies that weigh clients by their losses of the model that they received."""
+"""Strategies that weight clients by the loss of the received model on their data."""
 
 
 def check_losses_may_be_sent(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where clients can't send such a loss.
+    """Raises ValueError, in one line that names the key, if the strategy needs losses that can't be sent.
 
-    Client-level privacy and secure sums refuse these strategies by themselves: `atoll.job.privacy`.
+    That client-level privacy and secure sums exclude these strategies is checked in `atoll.job.privacy`.
     """
     name = job.strategy.name
     if not job.strategy.sends_losses:
@@ -163,9 +163,9 @@ def check_losses_may_be_sent(job: Job) -> None:
 
 
 def check_vote(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where clients don't send what signSGD counts.
+    """Raises ValueError, in one line that names the key, if the job doesn't work with signSGD's vote.
 
-    Client-level privacy and secure sums refuse it by themselves: `atoll.job.privacy`.
+    That client-level privacy and secure sums exclude it is checked in `atoll.job.privacy`.
     """
     federation = job.federation
     if job.strategy.name != "signsgd":
@@ -186,11 +186,11 @@ WEIGHTED = (
     "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "fednova", "fedexp",
     "moon",
 )  # fmt: skip
-"""Strategies that take a weighted mean of the updates."""
+"""Strategies that use a weighted mean of the updates."""
 
 
 def check_weights(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where the merge doesn't weigh clients that way."""
+    """Raises ValueError, in one line that names the key, if the strategy can't weight clients in this way."""
     weights = job.federation.weights
     if weights is None:
         return
@@ -211,11 +211,11 @@ RELEASES = {
     "power-of-choice": "each client's examples and training loss",
     "oort": "each client's examples and training loss",
 }
-"""What a choice of clients depends on, and so tells of."""
+"""The information on which each selection depends, and which it therefore reveals."""
 
 
 def check_selection(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where a round's clients can't be chosen that way."""
+    """Raises ValueError, in one line that names the key, if clients can't be selected in this way."""
     federation, name = job.federation, job.strategy.name
     rule = federation.selection
     if rule == "uniform":
@@ -274,16 +274,16 @@ def _check_by_size(job: Job) -> None:
 
 
 ASYNCHRONOUS = ("fedbuff", "fedasync", "fedcompass")
-"""Strategies that merge updates of models that are not the last one."""
+"""Strategies that merge updates which started from older models."""
 
 
 def is_asynchronous(job: Job) -> bool:
-    """Whether clients go on working while others' updates are merged."""
+    """Whether clients go on training while other clients' updates are merged."""
     return job.federation.concurrency is not None
 
 
 def check_asynchronous(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where a job can't have such rounds."""
+    """Raises ValueError, in one line that names the key, if the job can't have asynchronous rounds."""
     federation, name = job.federation, job.strategy.name
     if federation.order != "virtual" and federation.concurrency is None:
         raise ValueError("federation.order has no meaning without concurrency: remove it")
@@ -344,7 +344,7 @@ def _check_groups(job: Job, concurrency: int) -> None:
 
 
 def _check_company(job: Job) -> None:
-    """What has no meaning, or no proof, where clients of several starts are merged together."""
+    """Raises ValueError for keys that don't work, or have no proof, with updates from different starts."""
     federation, promise = job.federation, job.privacy.promise("client")
     for key, is_set, why in (
         ("federation.secure_aggregation", uses_secure_aggregation(job),

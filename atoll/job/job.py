@@ -1,4 +1,4 @@
-"""The job: one frozen, validated description of a federated fine-tuning run. Data, never code."""
+"""The job: a frozen, validated description of a federated fine-tuning run, which is data and never code."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from atoll.job.train import (
     check_lr_schedule,
     check_training,
 )
-from atoll.job.tune import TuneSection, TuneStage, check_seeds, grows
+from atoll.job.tune import TuneSection, TuneStage, check_seeds, is_superset
 
 
 class TaskSection(Section):
-    """`[task]`: what is learnt; which options there are depends on the name."""
+    """`[task]`: the learning task; which options are valid depends on its name."""
 
     name: str
     options: Options = Field(default_factory=dict)
@@ -58,7 +58,7 @@ class Iid(Section):
 
 
 class Dirichlet(Section):
-    """Label skew: each class is dealt to the clients in Dirichlet(alpha) proportions."""
+    """Label skew: each class is divided among the clients in Dirichlet(alpha) proportions."""
 
     kind: Literal["dirichlet"]
     alpha: Positive
@@ -67,7 +67,7 @@ class Dirichlet(Section):
 
 
 class Pathological(Section):
-    """Every client holds only a few classes."""
+    """Label skew: every client holds examples of only `classes_per_client` classes."""
 
     kind: Literal["pathological"]
     classes_per_client: Count
@@ -82,9 +82,9 @@ class Natural(Section):
 
 
 class Resampled(Section):
-    """Every client draws its own examples from the whole source, so that clients may share some.
+    """Every client samples its examples from the whole source, so clients may share some.
 
-    With `alpha` each draws them in class shares of its own, from Dirichlet(alpha).
+    With `alpha`, each client's class proportions are drawn from Dirichlet(alpha).
     """
 
     kind: Literal["resampled"]
@@ -94,7 +94,7 @@ class Resampled(Section):
 
 
 class OtherPartition(Section):
-    """A partition that an extension brings, which checks its `options`; it need not be there yet."""
+    """A partition from an extension, which validates `options` itself and may not be imported yet."""
 
     kind: str
     options: Options = Field(default_factory=dict)
@@ -113,7 +113,7 @@ class OtherPartition(Section):
 
 
 def _kind(table: Any) -> str | None:
-    """The tag of a partition; a value that is no table at all is told by the first of them."""
+    """The tag of a partition; a value that is no table gets "iid", whose model then reports the error."""
     if isinstance(table, Mapping) and "kind" not in table:
         return None
     kind = table.get("kind") if isinstance(table, Mapping) else getattr(table, "kind", "iid")
@@ -138,7 +138,7 @@ _ON_HUB = re.compile(rf"{HUB_PREFIX}[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 class DataSection(Section):
-    """`[data]`: where examples come from; a real client's shard is its own `--data` instead."""
+    """`[data]`: where examples come from; real clients use their own `--data` instead."""
 
     source: str
     revision: str | None = None
@@ -171,14 +171,14 @@ class DataSection(Section):
 
     @property
     def named_columns(self) -> dict[str, str]:
-        """The columns that the job names, by the key that names them."""
+        """The names of columns in the job, by the dotted key that sets each."""
         columns = {f"data.{role}": getattr(self, role) for role in ("text", "image", "label")}
         others = {f"data.columns.{role}": column for role, column in self.columns.items()}
         return {key: column for key, column in (columns | others).items() if column is not None}
 
     @property
     def keeps_back(self) -> bool:
-        """Whether clients keep examples back to measure on."""
+        """Whether clients hold back examples for validation."""
         return self.validation_fraction > 0 or self.folds is not None
 
     @field_validator("validation_fraction")
@@ -245,12 +245,12 @@ class BackboneSection(Section):
 
     @property
     def pruning(self) -> Literal["magnitude", "structured"]:
-        """How the backbone is pruned, if it is."""
+        """How the backbone is pruned if `prune` is set."""
         return self.prune_kind or "magnitude"
 
 
 class StrategySection(Section):
-    """`[strategy]`: how updates merge; which parameters apply depends on the name."""
+    """`[strategy]`: how updates are merged; which parameters apply depends on the name."""
 
     name: str = "fedavg"
     lr: Positive | None = None
@@ -272,37 +272,37 @@ class StrategySection(Section):
 
     @property
     def keeps_client_state(self) -> bool:
-        """Whether clients keep tensors of the strategy's own from round to round."""
+        """Whether clients keep tensors of the strategy from round to round."""
         return self.name in WITH_CLIENT_STATE
 
     @property
     def keeps_last_model(self) -> bool:
-        """Whether clients keep the model that their last round left."""
+        """Whether clients keep the model with which their last round ended."""
         return self.name == "moon"
 
     @property
     def has_inner_steps(self) -> bool:
-        """Whether each local step first takes others, which are undone."""
+        """Whether each local step first takes inner steps, which are then undone."""
         return self.name in ("per-fedavg", "pfedme")
 
     @property
     def makes_clusters(self) -> bool:
-        """Whether there is a model for each cluster of clients, and none for all."""
+        """Whether each cluster of clients has a model of its own."""
         return self.name == "ifca"
 
     @property
     def gives_steps(self) -> bool:
-        """Whether the server gives each client its number of local steps, and groups of them are merged."""
+        """Whether the server gives each client its number of local steps, and merges clients in groups."""
         return self.name == "fedcompass"
 
     @property
     def sends_losses(self) -> bool:
-        """Whether clients send the loss of the model that they received."""
+        """Whether clients send the loss of the received model on their data."""
         return self.name in SENDS_LOSSES
 
 
 class Job(Section):
-    """A whole job. Two jobs are the same job exactly when their `hash` is equal."""
+    """A whole job. Two jobs are the same if and only if their hashes (`hash`) are equal."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -370,7 +370,7 @@ class Job(Section):
                 " data.validation_fraction above 0, or after instead of patience"
             )
         for stage, later in zip(self.stages, self.stages[1:], strict=False):
-            if not grows(stage.tune, later.tune):
+            if not is_superset(stage.tune, later.tune):
                 raise ValueError(
                     f"tune.then: {later.tune.description} would leave behind what {stage.tune.description}"
                     " tuned; expected head, then last-k or lora, then more layers or full"
@@ -384,12 +384,12 @@ class Job(Section):
 
     @property
     def backbone_is_frozen(self) -> bool:
-        """Whether the backbone is frozen, and what training shows it can be known before."""
+        """Whether the backbone is frozen, and its inputs in training are known in advance."""
         return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
 
     @cached_property
     def stages(self) -> tuple[Job, ...]:
-        """The job as it is in each stage of its schedule: what is tuned, and how fast; one without one."""
+        """The job in each stage of its tuning schedule, with that stage's `tune` and `lr`."""
         if not self.tune.then:
             return (self,)
         first = self.model_copy(update={"tune": self.tune.model_copy(update={"then": ()})})
@@ -397,24 +397,24 @@ class Job(Section):
 
     @property
     def has_client_state(self) -> bool:
-        """Whether clients keep something from one round to the next."""
+        """Whether clients store anything between rounds."""
         strategy = self.strategy
         keeps_state = strategy.keeps_client_state or strategy.keeps_last_model
         return self.feeds_errors_back or self.personal.keep is not None or keeps_state
 
     @property
     def feeds_errors_back(self) -> bool:
-        """Whether clients add what compression lost to their next updates."""
+        """Whether clients add the error of compression to their next updates (error feedback)."""
         return self.federation.compression is not None and self.federation.error_feedback
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:
-        """Read, override (`key=value`) and validate a job file.
+        """Read a job file, apply overrides (`key=value`), and validate it.
 
-        Paths in the file are relative to its folder and come back absolute.
+        Paths in the file are relative to its folder; in the job they are absolute.
 
         Raises:
-            ConfigError: one line that names the file, the key, what was found and what is expected.
+            ConfigError: the file or a key is invalid; one line that names the file and the key.
         """
         table = read_job(path)
         for override in overrides:
@@ -423,7 +423,13 @@ class Job(Section):
 
     @classmethod
     def parse(cls, table: Mapping[str, Any], *, origin: str, folder: Path | None = None) -> Job:
-        """Validate a job that is already a mapping; `origin` is what error messages call it."""
+        """Validate a job given as a mapping; `origin` is its name in error messages.
+
+        With `folder`, relative paths are resolved against it.
+
+        Raises:
+            ConfigError: a key is invalid; one line that names it.
+        """
         try:
             job = cls.model_validate_json(json.dumps(table, default=str))
         except ValidationError as error:
@@ -432,15 +438,15 @@ class Job(Section):
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Read back what `canonical` wrote.
+        """The job from its `canonical` text.
 
         Raises:
-            ConfigError: it was changed on its way.
+            ConfigError: the text is no valid job.
         """
         return _read_back(text)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job:
-        """A copy with some tables replaced; what was derived from the old ones is derived anew."""
+        """A copy with some tables replaced, without values cached from the old ones."""
         copy = super().model_copy(update=update, deep=deep)
         for derived in ("canonical", "hash", "stages"):
             copy.__dict__.pop(derived, None)
@@ -448,18 +454,18 @@ class Job(Section):
 
     @cached_property
     def canonical(self) -> str:
-        """The job as JSON with every default written out and keys sorted."""
+        """The job as JSON with all defaults written out and keys sorted."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the canonical form, in hex."""
+        """The SHA-256 of `canonical`, in hex."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
 
 def _in_stage(first: Job, later: TuneStage) -> Job:
     tune = TuneSection(
-        hidden=first.tune.hidden, **{key: getattr(later, key) for key in TuneSection.own_keys()}
+        hidden=first.tune.hidden, **{key: getattr(later, key) for key in TuneSection.tuned_keys()}
     )
     if tune.method == "lora" and tune.head is None:
         # What was tuned before stays tuned.

@@ -1,4 +1,4 @@
-"""`tune.lora_merge`: how LoRA's factors merge, and with what each way of merging goes together."""
+"""Checks of `tune.lora_merge`: which ways of merging LoRA's factors work with which other keys."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from atoll.job.job import Job
 
 BY_PRODUCT = ("fedex", "flora", "flexlora")
-"""Ways that need each client's product of factors."""
+"""Ways of merging that need each client's product of factors."""
 REWRITES = ("rolora", *BY_PRODUCT)
-"""Ways that change which tensors travel, or what they stand for, from round to round."""
+"""Ways of merging that change, from round to round, which tensors are sent or what they mean."""
 
 
 def check_lora_merge(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where factors can't merge as the job says."""
+    """Raises ValueError, in one line that names the key, if `tune.lora_merge` doesn't work in this job."""
     how = job.tune.lora_merge
     if job.tune.lora_ranks is not None:
         _check_ranks(job)
@@ -35,7 +35,7 @@ def check_lora_merge(job: Job) -> None:
 
 
 def merge_error_is_known(job: Job) -> bool:
-    """Whether the server sees factors of single clients, so that it can tell how well they merge."""
+    """Whether the server sees single clients' factors, from which it can compute the merge's error."""
     return (
         job.tune.method == "lora"
         and not job.tune.then

@@ -1,4 +1,4 @@
-"""The registry of partitions: what splits one source over simulated clients, by name."""
+"""The registry of partitions, which divide one source among simulated clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atoll.plugins import BUILT_IN, Extension, Registry
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the registry: what a partition does, and an example of how a job asks for it."""
+    """One line of the registry: a summary of a partition, and an example of its use in a job."""
 
     summary: str
     example: str
@@ -39,16 +39,16 @@ PARTITIONS = Registry(
 
 
 def check_partition(job: Job) -> None:
-    """Raises ConfigError if there is no partition of that name; its options are checked at its use."""
+    """Raises ConfigError if there is no partition of this name; its options are checked when it is used."""
     if isinstance(job.data.partition, OtherPartition):
         PARTITIONS.check(job.data.partition.kind, "data.partition.kind")
 
 
 def brought_partition(rule: OtherPartition) -> tuple[Extension, tuple[object, ...]]:
-    """An extension's partition, and what its function takes besides the data: its options, if it has any.
+    """(an extension's partition, further arguments of its function: its options, if it has any).
 
     Raises:
-        ConfigError: there is none of that name, or its options don't fit.
+        ConfigError: there is no partition of this name, or its options are invalid.
     """
     PARTITIONS.check(rule.kind, "data.partition.kind")
     extension = PARTITIONS[rule.kind].extension

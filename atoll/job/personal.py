@@ -1,4 +1,4 @@
-"""`[personal]`: what of a model each client keeps for itself, and what a model to adapt from excludes."""
+"""`[personal]`: which part of the model each client keeps; also checks of meta-learning and clustering."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OF_MIXTURES = Needs("keep", ("mixture",))
 
 
 class PersonalSection(Section):
-    """`[personal]`: what each client keeps from round to round, and how what it keeps is trained."""
+    """`[personal]`: what each client keeps from round to round, and how that is trained."""
 
     keep: Literal["head", "norms", "lora-b", "mixture"] | None = None
     method: Annotated[Literal["ditto", "apfl"], OF_MIXTURES] = "ditto"
@@ -25,7 +25,7 @@ class PersonalSection(Section):
 
     @property
     def mixing_weight(self) -> float:
-        """What a client's own model counts in the mixture that it uses; 0 where that is none."""
+        """The weight of a client's own model in APFL's mixture; 0 if the job doesn't use APFL."""
         return self.mixing if self.keep == "mixture" and self.method == "apfl" else 0.0
 
     @property
@@ -35,7 +35,7 @@ class PersonalSection(Section):
 
 
 def check_personal(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where clients can't keep what the job says."""
+    """Raises ValueError, in one line that names the key, if clients can't keep what `personal.keep` says."""
     keep = job.personal.keep
     if keep is None:
         return
@@ -64,7 +64,7 @@ def check_personal(job: Job) -> None:
 
 
 def _check_apfl(job: Job) -> None:
-    """APFL's own model learns beside a copy of the shared one that takes plain local steps."""
+    """Check APFL's requirements; it trains the client's model and a copy of the shared one together."""
     if job.strategy.name == "fedprox":
         raise ValueError(
             "personal.method: 'apfl' mixes with a model that takes plain local steps; expected 'ditto' with"
@@ -82,7 +82,7 @@ def _check_apfl(job: Job) -> None:
 
 
 def _check_promises(job: Job) -> None:
-    """A mixture's update doesn't depend on what the client keeps; those of the others do."""
+    """Check that updates don't depend on what clients keep, if privacy forbids it; a mixture's never do."""
     keep = job.personal.keep
     if job.personal.splits and job.privacy.units:
         raise ValueError(
@@ -99,7 +99,7 @@ def _check_promises(job: Job) -> None:
 
 
 def check_inner_steps(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where local steps can't take others before."""
+    """Raises ValueError, in one line that names the key, if inner steps don't work in this job."""
     name = job.strategy.name
     if not job.strategy.has_inner_steps:
         return
@@ -131,9 +131,9 @@ def check_inner_steps(job: Job) -> None:
 
 
 def check_clusters(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where there must be one model for all.
+    """Raises ValueError, in one line that names the key, if the job needs one model for all clients.
 
-    Client-level privacy, secure sums and concurrency refuse such a strategy by themselves.
+    That client-level privacy, secure sums and concurrency exclude clustering is checked elsewhere.
     """
     name = job.strategy.name
     if not job.strategy.makes_clusters:

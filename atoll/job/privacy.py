@@ -1,4 +1,4 @@
-"""`[privacy]`: whose data is protected, where the noise is added, and what is promised."""
+"""`[privacy]`: whose data is protected, where noise is added, and the guarantee."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from atoll.job.job import Job
 
 Unit = Literal["example", "client"]
-Said = TypeVar("Said")
+Value = TypeVar("Value")
 
 PLACES: dict[Unit, tuple[str, ...]] = {
     "example": ("client", "distributed"),
@@ -33,18 +33,18 @@ MERGED_BY_MEAN = (
     "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "per-fedavg", "pfedme",
     "fedbuff",
 )  # fmt: skip
-"""Strategies that see nothing of the updates but their mean."""
+"""Strategies that use only the mean of the updates."""
 
 
 OF_ADAPTIVE_CLIPPING = Needs("clipping", ("adaptive",))
 
 
 class DpGuarantee(Section):
-    """What one unit is promised, and how it is kept.
+    """The differential privacy guarantee for one unit, and the mechanism that provides it.
 
-    Either `epsilon` is given and the noise is calibrated to it, or `noise_multiplier`, and epsilon
-    follows. `sampling_rate` is Poisson's rate of examples in every local step. With `mechanism` 'banded' the
-    noise is correlated over `bands` rounds.
+    Either `epsilon` is given, and the noise is calibrated to it, or `noise_multiplier`, and epsilon follows.
+    `sampling_rate` is the rate of Poisson sampling of examples in every local step. With `mechanism`
+    'banded', noise is correlated over `bands` rounds.
     """
 
     where: Literal["client", "server", "distributed"] | None = None
@@ -63,7 +63,7 @@ class DpGuarantee(Section):
 
     @property
     def separation(self) -> int:
-        """In how many rounds in a row a client takes part once at most; 1 where any may follow any."""
+        """The number of consecutive rounds in which a client takes part at most once; 1 without a limit."""
         return self.bands or 1
 
 
@@ -72,10 +72,10 @@ OF_A_PROMISE = Needs("unit", PROMISED)
 
 
 class PrivacySection(DpGuarantee):
-    """`[privacy]`: one promise, or with `unit = "both"` two in tables of their own.
+    """`[privacy]`: one guarantee, or with `unit = "both"` two, in tables of their own.
 
-    `seeded_noise` repeats bit for bit and therefore protects nobody: it is for simulations. With
-    `audit` a simulation attacks itself at its end, and says what of epsilon the attack could prove.
+    `seeded_noise` is reproducible and therefore protects nobody: it is for simulations. With `audit`, a
+    simulation is attacked at its end, and reports the lower bound on epsilon that the attack proves.
     """
 
     unit: Literal["none", "example", "client", "both"] = "none"
@@ -111,20 +111,20 @@ class PrivacySection(DpGuarantee):
                 raise ValueError(f"{key} has no meaning with unit = {self.unit!r}: it belongs to {where}")
 
     def promise(self, unit: Unit) -> DpGuarantee | None:
-        """What the unit is promised, if anything."""
+        """The guarantee for this unit; None if there is none."""
         if self.unit == "both":
             return self.example if unit == "example" else self.client
         return self if self.unit == unit else None
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """The units that something is promised to."""
+        """The units that have a guarantee."""
         both: tuple[Unit, ...] = ("example", "client")
         return tuple(unit for unit in both if self.promise(unit) is not None)
 
 
 def check_promises(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where a promise can't be kept."""
+    """Raises ValueError, in one line that names the key, if the job can't provide its guarantees."""
     for unit in job.privacy.units:
         promise = job.privacy.promise(unit)
         assert promise is not None
@@ -156,19 +156,19 @@ def check_promises(job: Job) -> None:
 
 
 def noise_locations(job: Job) -> tuple[str, ...]:
-    """Where noise is added, for each promise."""
+    """The place where noise is added, for each unit with a guarantee."""
     return tuple(guarantee_of(job, unit).where or PLACES[unit][0] for unit in job.privacy.units)
 
 
 def guarantee_of(job: Job, unit: Unit) -> DpGuarantee:
-    """The promise to a unit that is promised something."""
+    """The guarantee of a unit that has one."""
     promise = job.privacy.promise(unit)
     assert promise is not None
     return promise
 
 
 def uses_secure_aggregation(job: Job) -> bool:
-    """Whether the server sees nothing of the updates but their sum."""
+    """Whether the server sees only the sum of the updates."""
     return job.federation.secure_aggregation or "distributed" in noise_locations(job)
 
 
@@ -321,7 +321,7 @@ def _check_what_is_measured(job: Job) -> None:
 
 
 def local_steps(job: Job) -> int:
-    """Noised steps of a client in one round, a public number: as many as `epochs` take in expectation."""
+    """A client's number of noised steps in a round: `steps`, or those of the epochs; it is public."""
     promise = job.privacy.promise("example")
     assert promise is not None
     if promise.where == "distributed" or is_the_only_release(job):
@@ -331,7 +331,7 @@ def local_steps(job: Job) -> int:
 
 
 def expected_cohort(job: Job) -> float:
-    """Clients in a round, on average: a public number."""
+    """The expected number of clients in a round; it is public."""
     federation = job.federation
     if federation.cohort_rate is not None:
         return federation.cohort_rate * federation.clients
@@ -339,19 +339,19 @@ def expected_cohort(job: Job) -> float:
 
 
 def separation(job: Job) -> int:
-    """In how many rounds in a row a client takes part once at most; 1 where any may follow any."""
+    """The number of consecutive rounds in which a client takes part at most once; 1 without a limit."""
     promise = job.privacy.promise("client")
     return 1 if promise is None else promise.separation
 
 
 def cohort_is_secret(job: Job) -> bool:
-    """Whether who takes part in a round must stay secret: Poisson sampling of clients amplifies only then."""
+    """Whether cohorts must stay secret, as amplification by Poisson sampling of clients requires."""
     return "client" in job.privacy.units and job.federation.cohort_rate is not None
 
 
-def unless_secret(job: Job, said: Said, instead: Said) -> Said:
-    """What may be said of who took part in a round, or how many, to anybody.
+def unless_secret(job: Job, value: Value, instead: Value) -> Value:
+    """`value`, which reveals who or how many took part in a round; `instead` if that must stay secret.
 
-    Whatever tells of a cohort (log lines, errors, what is written to disk) comes through here.
+    Everything that reveals a cohort (log lines, errors, files) must be passed through this function.
     """
-    return instead if cohort_is_secret(job) else said
+    return instead if cohort_is_secret(job) else value

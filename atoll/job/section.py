@@ -1,10 +1,10 @@
-"""What every table of a job is made of, and what its keys need of one another.
+"""The base class of a job's tables, and declarations of which keys require or exclude each other.
 
-A key that means something only beside another says so where it is declared:
+A key that is only valid together with another declares so in its type:
 
     lr_step: Annotated[Count | None, Needs("lr_schedule", ("step",))] = None
 
-and `check_keys` holds every table and the whole job against what their keys say.
+`check_keys` checks these declarations for each table and for the whole job.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Between = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
-"""Settings that only the named task, network or extension knows; whoever knows them checks them."""
+"""Settings of a named task, network or extension, which validates them itself."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """A key has a meaning only where another is given, or has one of these values.
+    """Declares that a key is only valid if another key is set, or has one of these values.
 
-    `key` is one of the same table (`"lr_schedule"`), or of another (`"tune.method"`). `why` says it where
-    the two names don't; `otherwise` what to do but to remove it.
+    `key` is in the same table (`"lr_schedule"`) or in another (`"tune.method"`). For the error message, `why`
+    gives a reason, and `otherwise` an alternative to removing the key.
     """
 
     key: str
@@ -40,11 +40,11 @@ class Needs:
     otherwise: str = ""
 
     def is_met(self, value: Any, is_given: bool) -> bool:
-        """Whether the other key, which is `value` or left at its default, is as this one needs it."""
+        """Whether the requirement is met by the other key's value, or by its being set."""
         return value in self.values if self.values else is_given
 
     def broken(self, key: str, section: Section) -> str | None:
-        """What is wrong with that key, which is given, in one line; None where nothing is."""
+        """The error message in one line if `key`, which is set, violates the rule; else None."""
         value, is_given = _looked_up(section, self.key)
         if self.is_met(value, is_given):
             return None
@@ -59,9 +59,9 @@ class Needs:
 
 @dataclass(frozen=True)
 class Excludes:
-    """A key can't go with another, or with these of its values; `why` says the reason.
+    """Declares that a key is invalid if another key is set, or has one of these values; `why` is the reason.
 
-    `key` is one of the same table, or of another (`"privacy.unit"`).
+    `key` is in the same table or in another (`"privacy.unit"`).
     """
 
     key: str
@@ -69,7 +69,7 @@ class Excludes:
     values: tuple[Any, ...] = ()
 
     def broken(self, key: str, section: Section) -> str | None:
-        """What is wrong with that key, which is given, in one line; None where nothing is."""
+        """The error message in one line if `key`, which is set, violates the rule; else None."""
         value, is_given = _looked_up(section, self.key)
         if not (value in self.values if self.values else is_given):
             return None
@@ -79,11 +79,11 @@ class Excludes:
 
 
 class KeyConflict(ValueError):
-    """A key can't be as it is, beside the others; the line begins with its name in the table."""
+    """A key is invalid together with another one; the message begins with its name in the table."""
 
 
 class Section(BaseModel):
-    """A table of the job: frozen, strict about types, closed to unknown keys."""
+    """A table of a job: frozen, with strict types, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -93,16 +93,16 @@ class Section(BaseModel):
         return self
 
     def is_given(self, key: str) -> bool:
-        """Whether a key has another value than its default; one that must be given always is."""
+        """Whether a key has another value than its default; always true of a required key."""
         field = type(self).model_fields[key]
         return bool(getattr(self, key) != field.get_default(call_default_factory=True))
 
 
 def check_keys(section: Section) -> None:
-    """Hold a table's keys against what they need and exclude; and, in a job, those of all its tables.
+    """Check the `Needs` and `Excludes` of a table's keys, and, for a job, those between its tables.
 
     Raises:
-        KeyConflict: one can't be as it is, beside the others; one line that names it.
+        KeyConflict: a key violates a rule; one line that names it.
     """
     for table, name in _tables(section):
         for key, rule in _rules(type(table)):
@@ -114,7 +114,7 @@ def check_keys(section: Section) -> None:
 
 
 def _tables(section: Section) -> Iterator[tuple[Section, str]]:
-    """The table itself, and those right below it with what stands before their keys."""
+    """(table, prefix of its keys): the table itself with "", and its direct subtables."""
     yield section, ""
     for name in type(section).model_fields:
         inner = getattr(section, name)
@@ -124,7 +124,7 @@ def _tables(section: Section) -> Iterator[tuple[Section, str]]:
 
 @lru_cache(maxsize=256)
 def _rules(table: type[Section]) -> tuple[tuple[str, Needs | Excludes], ...]:
-    """(key, what it needs or excludes) of a table, in the order in which they are declared."""
+    """(key, rule) for each `Needs` and `Excludes` of a table, in the order of declaration."""
     return tuple(
         (key, rule)
         for key, field in table.model_fields.items()
@@ -134,7 +134,7 @@ def _rules(table: type[Section]) -> tuple[tuple[str, Needs | Excludes], ...]:
 
 
 def _looked_up(section: Section, path: str) -> tuple[Any, bool]:
-    """(a key's value, whether it is given) by its name in the table, or from the whole job down."""
+    """(a key's value, whether it is set); `path` is its name in the table, or its dotted name in the job."""
     *tables, key = path.split(".")
     for name in tables:
         section = getattr(section, name)
@@ -143,9 +143,9 @@ def _looked_up(section: Section, path: str) -> tuple[Any, bool]:
 
 @lru_cache(maxsize=1024)
 def needs_of(job: type[Section], path: str) -> tuple[Needs, ...]:
-    """What a key of a job needs, by the names that the job's file has for both.
+    """The `Needs` of a job's key, with dotted names of the keys that they name; empty for an unknown key.
 
-    `path` is the key's (`"train.momentum"`); of a key that there isn't, nothing is known and nothing needed.
+    `path` is the key's dotted name (`"train.momentum"`).
     """
     table, key = _table_of(job, path)
     if table is None:
@@ -159,7 +159,7 @@ def needs_of(job: type[Section], path: str) -> tuple[Needs, ...]:
 
 
 def default_of(job: type[Section], path: str) -> Any:
-    """What a key is where a job doesn't say it; None where that must be said, or there is no such key."""
+    """The default value of a job's key; None if the key is required or unknown."""
     table, key = _table_of(job, path)
     field = None if table is None else table.model_fields.get(key)
     if field is None or field.is_required():
@@ -169,7 +169,7 @@ def default_of(job: type[Section], path: str) -> Any:
 
 @lru_cache(maxsize=1024)
 def _table_of(job: type[Section], path: str) -> tuple[type[Section] | None, str]:
-    """(the table that a key is in, its name there); no table where there is none of that name."""
+    """(the table that contains a key, the key's name there); (None, name) if there is no such table."""
     *tables, key = path.split(".")
     for name in tables:
         field = job.model_fields.get(name)

@@ -1,4 +1,4 @@
-"""A job's file: TOML or YAML as a table, single keys of it overridden, and its paths made absolute."""
+"""Reading job files: TOML or YAML as a table, overriding single keys, and making paths absolute."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ if TYPE_CHECKING:
 
 
 LARGEST = 64 * 2**20
-"""Bytes of a job file: a million class names take fourteen."""
+"""The most bytes of a job file; a million class names take 14 MiB."""
 YAML = (".yaml", ".yml")
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """Parse a job file: YAML where its name says so, else TOML.
+    """Parse a job file as a table: YAML if its suffix says so, else TOML.
 
     Raises:
-        ConfigError: it is none; one line that names it.
+        ConfigError: the file can't be read or parsed; one line that names it.
     """
     if path.suffix.lower() not in YAML:
         return read_toml(path)
-    from atoll.system.yaml_text import parse_yaml  # PyYAML comes with it: not before there is such a file
+    from atoll.system.yaml_text import parse_yaml  # imports PyYAML, which most jobs don't need
 
     return parse_yaml(_text(path, "YAML"), str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file; every failure is one ConfigError line that names it."""
+    """Parse a TOML file as a table.
+
+    Raises:
+        ConfigError: the file can't be read or parsed; one line that names it.
+    """
     text = _text(path, "TOML")
     try:
         return tomllib.loads(text)
@@ -44,7 +48,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path, kind: str) -> str:
-    """What is in the file, which must be a regular one: a FIFO or a device is never opened."""
+    """The content of a regular file of at most `LARGEST` bytes; a FIFO or a device is never opened."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -70,9 +74,12 @@ def _text(path: Path, kind: str) -> str:
 
 
 def apply_override(table: dict[str, Any], override: str, *, option: str = "--set") -> None:
-    """Set `a.b=value` in a parsed job; the value is TOML, or else a plain string.
+    """Set a key of a parsed job from a text such as `train.lr=0.05`; the value is TOML, or else a string.
 
-    `option` is what the override was given with, for error messages.
+    `option` is the command-line option of the override, for error messages.
+
+    Raises:
+        ConfigError: the text is no `key=value`, or a part of the key is no table.
     """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -95,7 +102,7 @@ def apply_override(table: dict[str, Any], override: str, *, option: str = "--set
 
 
 def with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
-    """Make the job's paths absolute, so that its resolved form replays from anywhere."""
+    """The job with absolute paths, so that it runs from anywhere; relative ones are resolved in `folder`."""
     data = job.data.model_copy(
         update={
             "source": _absolute(_if_beside(job.data.source, folder), folder, origin, "data.source"),
@@ -121,18 +128,21 @@ def with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
 
 
 def _if_beside(value: str, folder: Path) -> str:
-    """The name of a file beside the job, such as `power.csv`, as a path: no built-in source has a dot."""
+    """The value as a path if it names a file beside the job, such as `power.csv`.
+
+    Names of built-in sources contain no dot.
+    """
     is_name = "." in value.strip(".") and not set(value) & set("/:$~\0")
     return f"./{value}" if is_name and (folder / value).exists() else value
 
 
 def _as_path(value: str) -> str:
-    """A value that is always a path, so that it looks like one."""
+    """A value that must be a path, with `./` in front if it doesn't look like one."""
     return value if "/" in value or value.startswith("~") else f"./{value}"
 
 
 def _absolute(value: str, folder: Path, origin: str, key: str) -> str:
-    """A value that looks like a path (has a slash, `~`, or a dot in front), made absolute."""
+    """The value made absolute if it looks like a path: it contains a slash, or begins with `~` or a dot."""
     if "$" in value:
         raise ConfigError(f"{origin}: {key}: environment variables are not expanded, found {value!r}")
     if ":" in value.split("/")[0] or not (value.startswith((".", "~")) or "/" in value):

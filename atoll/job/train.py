@@ -1,14 +1,14 @@
-"""`[train]`: one client's local training in one round, and how its learning rate changes.
+"""`[train]`: one client's local training in one round, and learning-rate schedules.
 
-With T rounds of which W warm up, round t (from 1) takes the learning rate times
+With T rounds, of which W are the warm-up, the learning rate in round t (from 1) is multiplied by
 
     t / W                                           while t <= W: linear warm-up
     1                                               constant
     (1 + cos(pi (t - W - 1) / (T - W))) / 2         cosine (Loshchilov and Hutter 2017, without restarts)
     decay ^ floor((t - W - 1) / step)               step: times `decay` after every `step` rounds
 
-so that the first round after the warm-up takes the whole rate, as with torch's CosineAnnealingLR and StepLR.
-The server's rate and the clients' follow the same formula; a client's may count its local steps instead.
+so that the first round after the warm-up has the full rate, as with torch's CosineAnnealingLR and StepLR. The
+server's and the clients' rates follow the same formulas; a client's may count its local steps instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LrScheduleKind = Literal["constant", "cosine", "step"]
 
 
 class LrScheduleKeys(Protocol):
-    """A table of the job with a schedule of its `lr`."""
+    """The keys of a job's table that describe the schedule of its `lr`."""
 
     @property
     def lr_schedule(self) -> LrScheduleKind | None: ...
@@ -46,13 +46,13 @@ OF_STEPS = Needs("lr_schedule", ("step",))
 
 
 def check_lr_schedule(section: LrScheduleKeys, what: str = "rounds") -> None:
-    """Raises ValueError, in one line that names the key, unless the schedule has what it uses."""
+    """Raises ValueError, in one line that names the key, if the schedule lacks a key that it needs."""
     if section.lr_schedule == "step" and section.lr_step is None:
         raise ValueError(f"lr_schedule: 'step' needs lr_step, the {what} between two steps")
 
 
 def lr_factor(section: LrScheduleKeys, number: int, count: int) -> float:
-    """What part of the learning rate the round, or step, of this number takes; numbers go from 1 to `count`.
+    """The factor of the learning rate in round (or step) `number`; numbers go from 1 to `count`.
 
     >>> [lr_factor(TrainSection(lr_schedule="step", lr_step=2), t, 4) for t in (1, 2, 3, 4)]
     [1.0, 1.0, 0.1, 0.1]
@@ -83,7 +83,7 @@ class TrainSection(Section):
             ("example", "both"),
         ),
     ] = None
-    """Local steps of each client in a round, in place of `epochs`: small shards are gone through again."""
+    """Local steps of each client in a round, instead of `epochs`; small shards are repeated."""
     batch_size: Count = 16
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     lr: Positive = 0.1
@@ -115,7 +115,7 @@ class TrainSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     augment: tuple[str, ...] = ()
     augment_options: Annotated[dict[str, Options], Needs("augment")] = Field(default_factory=dict)
-    """By an extension's name in `augment`: its options."""
+    """The options of extensions' augmentations in `augment`, by name."""
     cached_views: Annotated[
         int | None, Field(ge=1, le=10_000), Needs("augment"), Needs("tune.method", ("head",))
     ] = None
@@ -123,7 +123,7 @@ class TrainSection(Section):
         Literal["fp32", "bf16"] | None,
         Excludes("augment", "for inputs that vary have other states each time"),
     ] = None
-    """In which precision the states below the first tuned block are kept on disk; not kept unless said."""
+    """The precision in which states before the first tuned block are cached on disk; None: no cache."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: Count = 1
     checkpoint_activations: bool = False
@@ -140,7 +140,7 @@ class TrainSection(Section):
         return self
 
     def local_steps(self, examples: int) -> int:
-        """Steps of a round on so many examples.
+        """The number of local steps in a round, for a shard of this many examples.
 
         >>> TrainSection(batch_size=16, epochs=2).local_steps(33), TrainSection(steps=100).local_steps(33)
         (6, 100)
@@ -148,11 +148,11 @@ class TrainSection(Section):
         return self.steps or self.epochs * self._steps_of_epoch(examples)
 
     def with_steps(self, steps: int | None) -> TrainSection:
-        """The same with so many local steps in a round; None leaves it as it is."""
+        """The same settings with this number of local steps in a round; unchanged for None."""
         return self if steps is None else self.model_copy(update={"steps": steps})
 
     def epochs_begun(self, examples: int) -> int:
-        """Epochs that a round's steps on so many examples go into, of which the last one may end early.
+        """The number of epochs in a round, for a shard of this many examples; the last may be incomplete.
 
         >>> TrainSection(batch_size=16, steps=7).epochs_begun(33)
         3
@@ -160,7 +160,7 @@ class TrainSection(Section):
         return self.epochs if self.steps is None else math.ceil(self.steps / self._steps_of_epoch(examples))
 
     def examples_seen(self, examples: int) -> int:
-        """How many examples a round's steps see, of a shard of so many, each as often as it is seen.
+        """The number of examples in all batches of a round, with repetitions, for a shard of this size.
 
         >>> TrainSection(batch_size=16, steps=7).examples_seen(33)  # 33 + 33 + 16
         82
@@ -171,9 +171,9 @@ class TrainSection(Section):
         return epochs * examples + min(rest * self.batch_size, examples)
 
     def expected_examples_seen(self, sizes: NDArray[Any]) -> NDArray[Any]:
-        """What `examples_seen` says of many clients, [clients], as if every batch were as full as it can be.
+        """`examples_seen` for many clients, [clients], with every batch counted as full.
 
-        Sizes may be expected ones, which are no whole numbers.
+        `sizes` [clients] may be expected sizes, which are no integers.
         """
         return sizes * self.epochs if self.steps is None else self.steps * sizes.clip(max=self.batch_size)
 
@@ -182,7 +182,7 @@ class TrainSection(Section):
 
     @property
     def autograd_only_keys(self) -> tuple[str, ...]:
-        """Keys that are set and say how gradients are taken by autograd."""
+        """The keys that are set and only apply where gradients are computed by autograd."""
         keys = ("precision", "accumulate", "checkpoint_activations")
         return tuple(key for key in keys if self.is_given(key))
 
@@ -193,30 +193,30 @@ class TrainSection(Section):
 
     @property
     def varies_by_step(self) -> bool:
-        """Whether the learning rate of one local step is another than that of the next."""
+        """Whether the learning rate changes from one local step to the next."""
         return self.lr_schedule is not None and self.lr_schedule_over == "steps"
 
     @property
     def temperature(self) -> float:
-        """What softens the answers of teacher and student."""
+        """The softmax temperature for the outputs of teacher and student in distillation."""
         return 2.0 if self.teacher_temperature is None else self.teacher_temperature
 
     @property
     def distillation_weight(self) -> float:
-        """The teacher's part in the loss; the labels have the rest."""
+        """The weight of the teacher's loss; that of the labels' loss is 1 minus it."""
         return 0.5 if self.teacher_weight is None else self.teacher_weight
 
 
 PLAIN_STEPS: dict[str, None] = dict.fromkeys(
     ("lr_schedule", "lr_warmup", "lr_step", "lr_decay", "layer_decay", "clip_norm")
 )
-"""What makes every step the same multiple of its gradient, as an update of a `TrainSection`."""
+"""An update of a `TrainSection` after which every step is the same multiple of its gradient."""
 
 
 def lr_of_round(train: TrainSection, round: int, rounds: int) -> float:
-    """A client's learning rate in one of so many rounds, before what its schedule over local steps says.
+    """A client's learning rate in a round from 1 to `rounds`, without a schedule over local steps.
 
-    Training outside of the rounds takes the whole rate (round 0), or the last round's (a later one).
+    Training outside of the rounds has the full rate (round 0), or the last round's (a later round).
     """
     if train.lr_schedule is None or train.varies_by_step or round < 1:
         return train.lr
@@ -224,7 +224,7 @@ def lr_of_round(train: TrainSection, round: int, rounds: int) -> float:
 
 
 def check_training(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where local training can't be as `[train]` asks."""
+    """Raises ValueError, in one line that names the key, if `[train]` doesn't work in this job."""
     train, rounds = job.train, job.federation.rounds
     if not train.varies_by_step and (train.lr_warmup or 0) >= rounds:
         raise ValueError(
@@ -244,7 +244,7 @@ def check_training(job: Job) -> None:
 
 
 def _check_cached_states(job: Job) -> None:
-    """Raises ValueError where states are to be kept, and inputs vary or the first block is tuned."""
+    """Raises ValueError if states are to be cached but the first block is tuned, so there are none."""
     if job.train.cached_states is None:
         return
     for tune in (job.tune, *job.tune.then):

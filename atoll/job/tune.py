@@ -1,4 +1,4 @@
-"""`[tune]`: which tensors are trained and travel, and how that changes on the way."""
+"""`[tune]`: which tensors are trained and sent, and how that changes during a run."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ OF_SEEDS = Needs("method", ("seeds",))
 
 
 class Tuned(Section):
-    """Which tensors are trained and travel."""
+    """The keys that say which tensors are trained and sent."""
 
     method: Literal["head", "last-k", "lora", "full", "seeds"] = "head"
     layers: Annotated[Count | None, Needs("method", ("last-k", "lora"))] = None
     rank: Annotated[Count | None, OF_LORA] = None
     alpha: Annotated[Positive | None, OF_LORA] = None
     rslora: Annotated[bool, OF_LORA] = False
-    """Rank-stabilised LoRA: factors are scaled by alpha over the root of the rank, not over the rank."""
+    """Rank-stabilised LoRA: factors are scaled by alpha / sqrt(rank) instead of alpha / rank."""
     targets: Annotated[tuple[str, ...] | None, OF_LORA] = None
     freeze_a: Annotated[bool | None, OF_LORA] = None
     head: Annotated[Literal["frozen", "trained", "lora"] | None, OF_LORA] = None
-    """Under `lora`: what becomes of the head, or of what is pretrained of it; unless said that is frozen."""
+    """With `lora`: how the head is tuned; by default its pretrained part is frozen."""
 
     @property
     def default_rank(self) -> int:
-        """LoRA's rank, where no client has one of its own."""
+        """LoRA's rank for clients without a rank of their own in `lora_ranks`."""
         return self.rank or 8
 
     @property
     def lora_alpha(self) -> float:
-        """What scales LoRA's product: over the rank, or with `rslora` over its root (Kalajdzievski 2023).
+        """LoRA's alpha: the factors' product is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank).
 
-        Unless said, the product is scaled by 2 for every rank, and with `rslora` by 16 over the rank's root.
+        The latter is that of Kalajdzievski 2023. The default is 2 * rank, with `rslora` 16.
         """
         return self.alpha or (16 if self.rslora else 2 * self.default_rank)
 
     @property
     def description(self) -> str:
-        """What is tuned, in a word or two."""
+        """What is tuned, as text for messages."""
         return f"last-k with layers = {self.layers or 1}" if self.method == "last-k" else self.method
 
 
 class TuneStage(Tuned):
-    """One of `tune.then`: what is tuned from then on.
+    """One stage of `tune.then`: what is tuned from its begin on.
 
-    Its stage begins `after` so many rounds of the one before, or when so many measurements at the clients
-    (`patience`) have brought nothing better; it starts then from the best model.
+    It begins `after` that many rounds of the previous stage, or when `patience` evaluations at the clients in
+    a row have brought no improvement; then it starts from the best model.
     """
 
     after: Count | None = None
@@ -68,30 +68,30 @@ class TuneStage(Tuned):
 
 
 class TuneSection(Tuned):
-    """`[tune]`: which tensors are trained and travel, at first and `then`."""
+    """`[tune]`: which tensors are trained and sent in the first stage, and in later stages (`then`)."""
 
     hidden: Count | None = None
     head_init: Literal["prototype", "ridge", "gaussian"] | None = None
     ridge: Annotated[Positive | None, Needs("head_init", ("ridge", "gaussian"))] = None
     feature_norm: Annotated[Positive | None, Needs("head_init")] = None
-    """Under a promise of privacy: the L2 norm that an example's features are clipped to in `head_init`."""
+    """With privacy: the L2 norm to which each example's features are clipped for `head_init`."""
     lora_merge: Annotated[
         Literal["average", "ffa", "rolora", "fedex", "flora", "flexlora", "fedsb"] | None, OF_LORA
     ] = None
-    """How LoRA's factors merge over clients; `average` unless said."""
+    """How LoRA's factors are merged over clients; by default `average`."""
     lora_ranks: dict[str, Count] | None = None
-    """By client: the rank of those that can't carry `rank`, with `lora_merge = "flexlora"`."""
+    """With `lora_merge = "flexlora"`: by client, a rank smaller than `rank`."""
     seeds: Annotated[int | None, Field(ge=1, le=1_000_000), OF_SEEDS] = None
-    """K, how many directions all weights move along; 4096 unless said. A message has a number for each."""
+    """K, the number of random directions along which weights move; 4096 by default. Updates have K numbers."""
     perturbation: Annotated[Positive | None, OF_SEEDS] = None
-    """How far beside the weights the loss is taken, in multiples of a direction; 0.001 unless said."""
+    """The distance at which the loss is evaluated, as a multiple of a direction; by default 0.001."""
     keep_sums: Annotated[bool, Needs("head_init")] = False
-    """With `head_init`: the run keeps each client's sums, so that `atoll forget` can take them away again."""
+    """With `head_init`: the run stores each client's sums, so that `atoll forget` can subtract them later."""
     then: tuple[TuneStage, ...] = ()
 
     @property
     def trains_a(self) -> bool:
-        """Whether LoRA's A is trained, and not only B or a part of it."""
+        """Whether LoRA's factor A is trained, and not only B or a part of it."""
         return not self.freeze_a and self.lora_merge not in ("ffa", "fedsb")
 
     @property
@@ -101,17 +101,17 @@ class TuneSection(Tuned):
 
     @property
     def distance(self) -> float:
-        """How far beside the weights the loss is taken, with `method = "seeds"`."""
+        """With `method = "seeds"`: the distance of the loss's evaluation, as a multiple of a direction."""
         return self.perturbation or 1e-3
 
     @classmethod
-    def own_keys(cls) -> tuple[str, ...]:
-        """The keys that say which tensors."""
+    def tuned_keys(cls) -> tuple[str, ...]:
+        """The names of the keys that say which tensors are tuned."""
         return tuple(Tuned.model_fields)
 
 
-def grows(before: Tuned, after: Tuned) -> bool:
-    """Whether everything that was tuned before is tuned after, and more."""
+def is_superset(before: Tuned, after: Tuned) -> bool:
+    """Whether `after` tunes everything that `before` tunes, and more."""
     order = {"head": {"last-k", "lora", "full"}, "last-k": {"last-k", "full"}}
     if after.method not in order.get(before.method, set()) or after.head in ("frozen", "lora"):
         return False
@@ -119,9 +119,9 @@ def grows(before: Tuned, after: Tuned) -> bool:
 
 
 def check_seeds(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where directions' coefficients can't be trained so.
+    """Raises ValueError, in one line that names the key, if the job doesn't work with `method = "seeds"`.
 
-    What needs a gradient has none there, and what is done to a step has to be done to its one coefficient.
+    This method has no gradients, and each local step changes a single coefficient.
     """
     if job.tune.method != "seeds":
         return
@@ -158,7 +158,7 @@ def check_seeds(job: Job) -> None:
 
 
 def _what_a_strategy_lacks(job: Job) -> str:
-    """Why the job's strategy can't go with coefficients of directions; nothing where it can."""
+    """Why the job's strategy doesn't work with `method = "seeds"`; empty if it does."""
     strategy = job.strategy
     may_pull = strategy.name in ("fedprox", "fedasync") and strategy.proximal_mu != 0
     if may_pull or strategy.name == "flwr:FedProx":
