@@ -82,7 +82,7 @@ class TuneSection(Tuned):
     lora_ranks: dict[str, Count] | None = None
     """With `lora_merge = "flexlora"`: by client, a rank smaller than `rank`."""
     seeds: Annotated[int | None, Field(ge=1, le=1_000_000), OF_SEEDS] = None
-    """K, the number of random directions along which weights move; 4096 by default. Updates have K numbers."""
+    """K, the number of random directions along which weights move (default 4096); updates have K numbers."""
     perturbation: Annotated[Positive | None, OF_SEEDS] = None
     """The distance at which the loss is evaluated, as a multiple of a direction; by default 0.001."""
     keep_sums: Annotated[bool, Needs("head_init")] = False
