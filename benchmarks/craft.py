@@ -222,7 +222,7 @@ def measured(case: Case, name: str, way: str, seed: int, folder: Path) -> Measur
     return Measured(case.of(result), bytes_up, len(result.rounds), result.seconds)
 
 
-def told(estimate: Estimate, sign: str = "") -> str:
+def mean_and_half(estimate: Estimate, sign: str = "") -> str:
     """A mean with half of its interval."""
     half = "" if estimate.half is None else f" ± {estimate.half:.3f}"
     return f"{estimate.mean:{sign}.3f}{half}"
@@ -233,8 +233,8 @@ def line(name: str, runs: list[Measured], plain: list[Measured]) -> str:
     gain = Estimate.of([run.value - other.value for run, other in zip(runs, plain, strict=True)])
     bytes_up = sum(run.bytes_up for run in runs) / len(runs)
     rounds, seconds = (sum(getattr(run, of) for run in runs) / len(runs) for of in ("rounds", "seconds"))
-    apart = "" if runs is plain else told(gain, "+")
-    value = told(Estimate.of([run.value for run in runs]))
+    apart = "" if runs is plain else mean_and_half(gain, "+")
+    value = mean_and_half(Estimate.of([run.value for run in runs]))
     return f"{name:<28}{value:>16}{apart:>18}{bytes_up:>12,.0f}{rounds:>8.0f}{seconds:>9.1f}"
 
 

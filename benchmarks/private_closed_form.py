@@ -63,7 +63,7 @@ def private_sgd(epsilon: float, lr: float, clients: int, seed: int) -> float:
     return accuracy(clients, seed, rounds=ROUNDS, privacy=privacy, train=train)
 
 
-def said(found: list[float]) -> str:
+def spread(found: list[float]) -> str:
     """Mean and range, in percent."""
     return f"{100 * np.mean(found):5.1f} ({100 * min(found):.1f} to {100 * max(found):.1f})"
 
@@ -75,14 +75,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     seeds = range(1, given.seeds + 1)
-    plain = [said([closed_form(kind, None, given.clients, s) for s in seeds]) for kind in KINDS]
+    plain = [spread([closed_form(kind, None, given.clients, s) for s in seeds]) for kind in KINDS]
     print(f"digits, {given.clients} clients, delta {DELTA:g}; test accuracy in %, mean (least to greatest)")
     print("without noise: " + ", ".join(map(" ".join, zip(KINDS, plain, strict=True))))
     print("epsilon ", *KINDS, "private SGD", sep="  ")
     for epsilon in EPSILONS:
-        heads = [said([closed_form(kind, epsilon, given.clients, s) for s in seeds]) for kind in KINDS]
+        heads = [spread([closed_form(kind, epsilon, given.clients, s) for s in seeds]) for kind in KINDS]
         trained = [[private_sgd(epsilon, lr, given.clients, s) for s in seeds] for lr in RATES]
-        print(f"{epsilon:7g}", *heads, said(max(trained, key=np.mean)), sep="  ", flush=True)
+        print(f"{epsilon:7g}", *heads, spread(max(trained, key=np.mean)), sep="  ", flush=True)
 
 
 if __name__ == "__main__":

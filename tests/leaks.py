@@ -65,7 +65,7 @@ class Leaving:
     """What left a run: sums before their noise by place, replies as the server had them, the run's files."""
 
     sums: dict[Place, list[Vector]] = field(default_factory=lambda: defaultdict(list))
-    told: list[Any] = field(default_factory=list)
+    sent: list[Any] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
 
     def output(self, place: Place, values: Vector, step: float) -> Vector:
@@ -79,17 +79,17 @@ class Leaving:
 
 @dataclass(frozen=True)
 class WatchedNoise:
-    """Stands in for one step's noise of one layer, of so many clients: gives `given` out instead."""
+    """Stands in for one step's noise of one layer, of so many clients: gives `replacement` out instead."""
 
     leaving: Leaving
     clients: Sequence[str]
     place: Place
-    given: torch.Tensor
+    replacement: torch.Tensor
 
     def added(self, gradient: torch.Tensor) -> torch.Tensor:
         for client, row in zip(self.clients, gradient, strict=False):
             self.leaving.sums[client, *self.place].append(row.double().cpu().numpy().copy())
-        return self.given[: len(gradient)]
+        return self.replacement[: len(gradient)]
 
 
 def given_heads(
@@ -98,7 +98,7 @@ def given_heads(
     """The numbers that a step's layers move by, for each client, none where a layer is padded."""
     heads = []
     for client in clients:
-        drawn = np.random.default_rng(zlib.crc32(repr((client, step, len(leaving.told))).encode()))
+        drawn = np.random.default_rng(zlib.crc32(repr((client, step, len(leaving.sent))).encode()))
         shapes = [(layer.weight, (layer.outputs, layer.inputs)) for layer in layers.layers]
         shapes += [(layer.bias, (layer.outputs,)) for layer in layers.layers]
         size = private.clipping_norm / private.divisor
@@ -171,12 +171,12 @@ class InMemory:
 
     def discover_clients(self, job: Job) -> ClientRoster:
         hellos = self.site.hello(job)
-        self.leaving.told += [hello_to_json(hello) for hello in hellos]
+        self.leaving.sent += [hello_to_json(hello) for hello in hellos]
         return ClientRoster.of(hellos)
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         for reply in self.site.answer(request, names):
-            self.leaving.told.append(_comparable(reply, Job.from_json(request.job)))
+            self.leaving.sent.append(_comparable(reply, Job.from_json(request.job)))
             yield reply
 
 
@@ -215,7 +215,7 @@ def run_of(job: Job, folders: Sequence[Path], out: Path, warm: dict[str, Learner
         try:
             run_job(job, InMemory(site, leaving), out, lambda learner: None, report=False)
         except JobError as error:
-            leaving.told.append(f"the run failed: {error}")
+            leaving.sent.append(f"the run failed: {error}")
     leaving.files = files_of(out)
     shutil.rmtree(out, ignore_errors=True), shutil.rmtree(books, ignore_errors=True)
     return leaving
@@ -251,7 +251,7 @@ def check_leaving(job: Job, one: Leaving, other: Leaving) -> float:
     A record more or less moves a sum of examples by the clipping norm at most; a client whose data changes
     takes another's place, and moves a sum of clients by twice as much.
     """
-    check_silence(one.told, other.told, "what a site says")
+    check_silence(one.sent, other.sent, "what a site says")
     check_silence(one.files, other.files, "the run's directory")
     check_silence(_shapes(one), _shapes(other), "which sums are noised")
     moved: dict[tuple[Any, ...], float] = defaultdict(float)

@@ -69,13 +69,13 @@ def a_client_that_remembers_moves_the_sum_by_the_clipping_norm(scheme: str) -> N
 
 
 def what_the_server_tells_of_messages_does_not_depend_on_values(scheme: str) -> None:
-    def told(update: Update) -> Any:
+    def counted(update: Update) -> Any:
         found = arrived([replace(update, client="a")], scheme)
         return found.num_valid, found.set_aside, [u.num_examples for u in found.updates]
 
-    ordinary = told(w.people(w.MODEL)[0])
+    ordinary = counted(w.people(w.MODEL)[0])
     for update in adversaries(w.MODEL):
-        detectors.check_silence(ordinary, told(update), update.client)
+        detectors.check_silence(ordinary, counted(update), update.client)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

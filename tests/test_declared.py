@@ -37,7 +37,7 @@ FILES = {
 }
 
 
-def found(root: Path, *more: tuple[str, str], pyproject: str = PYPROJECT) -> list[str]:
+def findings_in(root: Path, *more: tuple[str, str], pyproject: str = PYPROJECT) -> list[str]:
     """What the check says of the small project with these files in place of its own."""
     (root / "pyproject.toml").write_text(pyproject)
     for name, text in (FILES | dict(more)).items():
@@ -51,7 +51,7 @@ def test_what_is_imported_here_is_declared_and_what_is_declared_is_imported() ->
 
 
 def test_a_project_that_declares_what_it_imports_passes(tmp_path: Path) -> None:
-    assert found(tmp_path) == []
+    assert findings_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_project_that_declares_what_it_imports_passes(tmp_path: Path) -> None:
 def test_an_import_that_is_not_declared_for_its_place_is_named(
     tmp_path: Path, path: str, text: str, said: str
 ) -> None:
-    assert found(tmp_path, (path, text)) == [f"{path}: {said}"]
+    assert findings_in(tmp_path, (path, text)) == [f"{path}: {said}"]
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_an_import_that_is_not_declared_for_its_place_is_named(
     ],
 )
 def test_a_package_that_nothing_imports_is_named(tmp_path: Path, path: str, text: str, said: str) -> None:
-    assert said in found(tmp_path, (path, text))
+    assert said in findings_in(tmp_path, (path, text))
 
 
 def test_an_extra_of_a_package_needs_its_reason_too(tmp_path: Path) -> None:
     without = PYPROJECT.replace('"flwr[simulation]" = "starts it"\n', "")
-    assert found(tmp_path, pyproject=without) == [
+    assert findings_in(tmp_path, pyproject=without) == [
         "dependencies: nothing that it is for imports flwr[simulation]"
     ]
 
@@ -96,7 +96,7 @@ def test_exceptions_that_nothing_needs_are_named(tmp_path: Path) -> None:
     more = PYPROJECT.replace('ruff = "a program"', 'ruff = "a program"\nmypy = "gone"\nnumpy = "because"')
     more = more.replace('tune = ["room/search.py"]', 'tune = ["room/search.py", "hall/second.py"]')
     more = more.replace('"pytest", ', '"pytest", "numpy", ')
-    assert sorted(found(tmp_path, pyproject=more)) == [
+    assert sorted(findings_in(tmp_path, pyproject=more)) == [
         "dev: numpy is one of the dependencies already",
         "tool.declared.optional: hall/second.py imports nothing of the extra tune",
         "tool.declared.unimported: mypy is not declared",

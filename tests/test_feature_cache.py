@@ -43,7 +43,7 @@ def parts(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if not file.name.startswith(".")]
 
 
-def found(folder: Path, *numbers: int) -> torch.Tensor:
+def cached(folder: Path, *numbers: int) -> torch.Tensor:
     """What a new process would find."""
     cache = FeatureCache(folder)
     assert cache.missing([key(n) for n in numbers]) == []
@@ -62,7 +62,7 @@ def test_the_first_of_equal_keys_is_missing_unless_it_is_there(asked: list[int],
         if rest:
             fill(cache, *rest)
         assert torch.equal(cache.take([key(n) for n in asked]), features(*asked))
-        assert torch.equal(found(Path(folder), *asked), features(*asked))
+        assert torch.equal(cached(Path(folder), *asked), features(*asked))
 
 
 def test_keys_that_end_in_zeros_are_told_apart(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_large_part_is_left_alone_when_small_ones_are_merged(tmp_path: Path) -
     assert large in parts(tmp_path)
     assert len(parts(tmp_path)) <= MAX_SMALL_PARTS + 1
     everything = [*range(3 * MAX_SMALL_PARTS), *range(10_000, 11_000)]
-    assert torch.equal(found(tmp_path, *everything), features(*everything))
+    assert torch.equal(cached(tmp_path, *everything), features(*everything))
 
 
 def test_a_merge_writes_parts_of_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_merge_writes_parts_of_a_bounded_size(tmp_path: Path, monkeypatch: pyt
     for number in range(MAX_SMALL_PARTS + 1):
         fill(cache, number)
     assert len(parts(tmp_path)) == 4  # 33 rows, 10 a part
-    assert torch.equal(found(tmp_path, *range(MAX_SMALL_PARTS + 1)), features(*range(MAX_SMALL_PARTS + 1)))
+    assert torch.equal(cached(tmp_path, *range(MAX_SMALL_PARTS + 1)), features(*range(MAX_SMALL_PARTS + 1)))
 
 
 def test_a_merge_that_was_killed_before_it_removed_anything_is_done_again(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_merge_that_was_killed_before_it_removed_anything_is_done_again(tmp_pa
     fill(cache, MAX_SMALL_PARTS)
     for file, content in left_over.items():
         file.write_bytes(content)
-    assert torch.equal(found(tmp_path, *range(MAX_SMALL_PARTS + 1)), features(*range(MAX_SMALL_PARTS + 1)))
+    assert torch.equal(cached(tmp_path, *range(MAX_SMALL_PARTS + 1)), features(*range(MAX_SMALL_PARTS + 1)))
     assert len(parts(tmp_path)) == 2
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_part_is_removed_with_a_warning_and_computed_again(
         [str(file), "damaged, its features are computed again"]
     ]
     fill(again, *[(1, 2, 3)[place] for place in missing])
-    assert torch.equal(found(tmp_path, 1, 2, 3), features(1, 2, 3))
+    assert torch.equal(cached(tmp_path, 1, 2, 3), features(1, 2, 3))
 
 
 def test_a_file_that_vanishes_between_listing_and_opening_is_no_error(
@@ -244,7 +244,7 @@ def test_writers_killed_at_any_instant_lose_nothing_that_they_had_put(tmp_path: 
         assert writer.stdout is not None
         put += [int(line) for line in writer.stdout.read().split("\n")[:-1]]
         writer.stdout.close()
-    assert torch.equal(found(tmp_path, *put), features(*put))
+    assert torch.equal(cached(tmp_path, *put), features(*put))
     assert len(parts(tmp_path)) <= MAX_SMALL_PARTS
 
 

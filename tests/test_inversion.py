@@ -97,11 +97,11 @@ def test_on_real_features_the_figures_are_the_known_ones(privacy: dict[str, Any]
 
 
 def test_without_a_promise_nothing_is_kept_and_hidden_layers_are_not_probed() -> None:
-    def found(**tables: Any) -> dict[str, Any] | None:
+    def probe(**tables: Any) -> dict[str, Any] | None:
         setting: Job = job({"unit": "none"}, **tables)
         return probed(setting, Population.of(setting))
 
-    plain = found()
+    plain = probe()
     assert plain is not None and plain["protected"] is None
-    assert found(tune={"method": "head", "hidden": 8}) is None
-    assert found(tune={"method": "last-k", "layers": 1}) is None
+    assert probe(tune={"method": "head", "hidden": 8}) is None
+    assert probe(tune={"method": "last-k", "layers": 1}) is None

@@ -46,7 +46,7 @@ PLAIN = "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + '\n
 """Without an end of a turn, without a question for an answer."""
 
 
-def said(*turns: str) -> Messages:
+def talk(*turns: str) -> Messages:
     """`u:`, `a:` or `s:` and what is said."""
     roles = {"u": "user", "a": "assistant", "s": "system"}
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
@@ -68,39 +68,39 @@ def of_chat(messages: Messages, template: str = CHATML, most: int = 1000) -> Tok
 
 HI = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 AWKWARD = {
-    "one answer": (said("u:hi", "a:hello"), HI + "«hello<|im_end|>»\n"),
+    "one answer": (talk("u:hi", "a:hello"), HI + "«hello<|im_end|>»\n"),
     "a system's turn": (
-        said("s:Be kind.", "u:hi", "a:yes"),
+        talk("s:Be kind.", "u:hi", "a:yes"),
         "<|im_start|>system\nBe kind.<|im_end|>\n" + HI + "«yes<|im_end|>»\n",
     ),
     "two answers in a row": (
-        said("u:hi", "a:he", "a:ll"),
+        talk("u:hi", "a:he", "a:ll"),
         HI + "«he<|im_end|>»\n<|im_start|>assistant\n«ll<|im_end|>»\n",
     ),
-    "an empty answer": (said("u:hi", "a:"), HI + "«<|im_end|>»\n"),
-    "an answer of blanks": (said("u:hi", "a:  "), HI + "«  <|im_end|>»\n"),
+    "an empty answer": (talk("u:hi", "a:"), HI + "«<|im_end|>»\n"),
+    "an answer of blanks": (talk("u:hi", "a:  "), HI + "«  <|im_end|>»\n"),
     "who asks writes the markers": (
-        said("u:hi<|im_end|>\n<|im_start|>assistant\nno", "a:yes"),
+        talk("u:hi<|im_end|>\n<|im_start|>assistant\nno", "a:yes"),
         HI + "no<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>»\n",
     ),
     "the answer holds the markers": (
-        said("u:hi", "a:x<|im_end|>\n<|im_start|>user\ny"),
+        talk("u:hi", "a:x<|im_end|>\n<|im_start|>user\ny"),
         HI + "«x<|im_end|>\n<|im_start|>user\ny<|im_end|>»\n",
     ),
     "the assistant begins": (
-        said("a:hello", "u:hi", "a:he"),
+        talk("a:hello", "u:hi", "a:he"),
         "<|im_start|>assistant\n«hello<|im_end|>»\n" + HI + "«he<|im_end|>»\n",
     ),
     "who asks has the last word": (
-        said("u:hi", "a:he", "u:bye"),
+        talk("u:hi", "a:he", "u:bye"),
         HI + "«he<|im_end|>»\n<|im_start|>user\nbye<|im_end|>\n",
     ),
     # The token of two line breaks writes the template's and the answer's first letter.
     "an answer that begins with a line break": (
-        said("u:hi", "a:\n"),
+        talk("u:hi", "a:\n"),
         HI[:-1] + "«\n\n<|im_end|>»\n",
     ),
-    "letters of several bytes": (said("u:hi", "a:né\U0001f33b"), HI + "«né\U0001f33b<|im_end|>»\n"),
+    "letters of several bytes": (talk("u:hi", "a:né\U0001f33b"), HI + "«né\U0001f33b<|im_end|>»\n"),
 }
 
 
@@ -124,10 +124,10 @@ def test_what_is_learnt_is_what_transformers_marks_where_the_template_marks_it(c
 
 def test_what_a_template_says_itself_is_never_learnt() -> None:
     first = "<|im_start|>system\nBe brief.<|im_end|>\n"
-    assert marked(of_chat(said("u:hi", "a:he"), DEFAULT_SYSTEM)) == first + HI + "«he<|im_end|>»\n"
-    begun = marked(of_chat(said("a:he", "u:hi"), DEFAULT_SYSTEM))
+    assert marked(of_chat(talk("u:hi", "a:he"), DEFAULT_SYSTEM)) == first + HI + "«he<|im_end|>»\n"
+    begun = marked(of_chat(talk("a:he", "u:hi"), DEFAULT_SYSTEM))
     assert begun.startswith(first + "<|im_start|>assistant\n«he<|im_end|>»\n<|im_start|>user")
-    assert marked(of_chat(said("u:hi", "a:he", "u:x"), PLAIN)) == "USER: hi\nASSISTANT:« he\n»USER: x\n"
+    assert marked(of_chat(talk("u:hi", "a:he", "u:x"), PLAIN)) == "USER: hi\nASSISTANT:« he\n»USER: x\n"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_what_a_template_says_itself_is_never_learnt() -> None:
 )
 def test_a_template_that_fails_or_reaches_out_of_its_sandbox_is_one_line(template: str, told: str) -> None:
     with pytest.raises(DataError, match=told) as error:
-        of_chat(said("u:hi", "a:he", "u:x"), template)
+        of_chat(talk("u:hi", "a:he", "u:x"), template)
     assert "\n" not in str(error.value)
 
 
@@ -159,12 +159,12 @@ def test_the_bytes_are_those_of_the_learnt_text_without_what_ends_it() -> None:
     coder = Coder(byte_tokenizer(), 1000)
     assert coder.tokens(whole("abc")).learnt_bytes == 2
     assert coder.tokens(joined("né", "né\U0001f33b")).learnt_bytes == 3 + 4
-    assert of_chat(said("u:hi", "a:hello", "u:x", "a:né")).learnt_bytes == 5 + 3
-    assert of_chat(said("u:hi", "a:")).learnt_bytes == 0
+    assert of_chat(talk("u:hi", "a:hello", "u:x", "a:né")).learnt_bytes == 5 + 3
+    assert of_chat(talk("u:hi", "a:")).learnt_bytes == 0
 
 
 def test_what_is_too_long_is_cut_at_the_end_with_its_bytes() -> None:
-    messages = said("u:hi", "a:abcdef")
+    messages = talk("u:hi", "a:abcdef")
     full = of_chat(messages)
     start = full.learnt.index(True)
     cut = of_chat(messages, most=start + 2)
@@ -196,11 +196,11 @@ def learner_of(folder: Path, tune: dict[str, Any] | None = None, **tables: Any) 
 
 
 CHATS = [
-    {"messages": said("u:hi", "a:hello")},
-    {"messages": said("s:Be kind.", "u:what?", "a:né\U0001f33b", "u:x", "a:")},
-    {"messages": said("u:hello hello hello", "a:he ll he ll")},
-    {"messages": said("u:a", "a:b")},
-    {"messages": said("a:he", "u:ll", "a:he said so")},
+    {"messages": talk("u:hi", "a:hello")},
+    {"messages": talk("s:Be kind.", "u:what?", "a:né\U0001f33b", "u:x", "a:")},
+    {"messages": talk("u:hello hello hello", "a:he ll he ll")},
+    {"messages": talk("u:a", "a:b")},
+    {"messages": talk("a:he", "u:ll", "a:he said so")},
 ]
 
 
@@ -397,7 +397,7 @@ def test_messages_need_a_template_and_the_job_may_give_one(tmp_path: Path) -> No
 def test_prompts_are_asked_by_the_template_or_joined_where_there_is_none(llama: Path) -> None:
     rows = [{"prompt": "hi", "completion": "he"}]
     asked = shard_of(learner_of(llama), rows).inputs[0]["input_ids"]
-    chat = shard_of(learner_of(llama), [{"messages": said("u:hi", "a:he")}]).inputs[0]["input_ids"]
+    chat = shard_of(learner_of(llama), [{"messages": talk("u:hi", "a:he")}]).inputs[0]["input_ids"]
     assert torch.equal(asked, chat)
     task = {"name": "language-modeling", "options": {"template": ""}}
     plain = shard_of(learner_of(llama, task=task), rows).inputs[0]["input_ids"]
@@ -466,14 +466,14 @@ def test_of_several_forms_messages_are_read_unless_the_job_names_another(tmp_pat
     ("row", "told"),
     [
         ({"messages": []}, "line 1: no message of the assistant"),
-        ({"messages": said("u:hi")}, "line 1: no message of the assistant, but of 'user'; expected"),
+        ({"messages": talk("u:hi")}, "line 1: no message of the assistant, but of 'user'; expected"),
         ({"messages": [{"from": "human", "value": "x"}]}, r"message 1: \['from', 'value'\], expected role"),
         ({"messages": [{"role": "assistant", "content": None}]}, "its content is NoneType, expected text"),
         ({"messages": [{"role": "", "content": "x"}]}, "message 1: role: empty"),
         ({"messages": "hello"}, "line 1: 'hello', expected a list of messages"),
         ({"prompt": "a"}, "expected messages, or prompt and completion, or text"),
         ({"prompt": "", "completion": "b"}, "empty, expected some text"),
-        ({"prompt": said("u:a"), "completion": said("a:b")}, "expected text"),
+        ({"prompt": talk("u:a"), "completion": talk("a:b")}, "expected text"),
         ({"text": " "}, "empty, expected some text"),
     ],
 )

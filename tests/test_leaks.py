@@ -84,7 +84,7 @@ def test_each_row_tells_neighbours_apart_by_its_sums_alone(data: TaskData) -> No
             if part <= MOVED:
                 part = check(runs, number, *choice[place % len(choice)])
         moved.append(part)
-        failed += [(number, told) for told in runs.first.told if str(told).startswith("the run failed")]
+        failed += [(number, told) for told in runs.first.sent if str(told).startswith("the run failed")]
     assert failed == []
     assert sum(part > MOVED for part in moved) > len(moved) / 2, "next to nothing was measured"
 

@@ -38,7 +38,7 @@ def ditto(pull: float, **tables: Any) -> Job:
     return heads(FEDAVG, personal={"keep": "mixture", "pull": pull, "epochs": 3}, **tables)
 
 
-def kept(out: Path) -> dict[str, Array]:
+def models(out: Path) -> dict[str, Array]:
     """Each client's own model, as a matrix of weights and bias."""
     memory = ClientStateStore(out / "memory", of_one_run=True)
     states = {f"client-000{n}": memory.load_before("", f"client-000{n}", 99) for n in range(6)}
@@ -75,7 +75,7 @@ def test_ditto_is_algorithm_1_of_its_paper(tmp_path: Path, pull: float) -> None:
                 held = pull * (v - w) if pull else 0
                 v = v - LR * (problem.gradient(v, k, rows) + held)
             own[k] = v
-    found = kept(tmp_path)
+    found = models(tmp_path)
     assert found.keys() == own.keys() and len(own) > 3
     for k, v in own.items():
         np.testing.assert_allclose(found[k], v, rtol=0, atol=2e-6)
@@ -87,7 +87,7 @@ def test_a_great_lambda_holds_own_models_at_the_shared_one(tmp_path: Path) -> No
     setting = ditto(1e3, federation=federation, train=train)
     run(setting, tmp_path)
     start = Softmax(setting).start
-    for v in kept(tmp_path).values():
+    for v in models(tmp_path).values():
         assert 0 < np.abs(v - start).max() < 2e-3  # no entry of such a gradient is over 2
 
 
@@ -113,7 +113,7 @@ def open_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     for train in (None, PROMISES["example, distributed"]["train"]):
         out = tmp_path_factory.mktemp("open")
         run(ditto(0.7, federation=ONE_ROUND, **{} if train is None else {"train": train}), out)
-        found[str(train)] = kept(out)
+        found[str(train)] = models(out)
     return found
 
 
@@ -130,7 +130,7 @@ def test_what_leaves_under_a_promise_is_what_leaves_without_own_models(
     assert result.rounds[0]["metrics"] == without.rounds[0]["metrics"]
     if promise != "secure sum":
         assert result.final["clients"] == {} and result.personal["clients"] == {}
-    found, expected = kept(tmp_path / "own"), open_models[str(tables.get("train"))]
+    found, expected = models(tmp_path / "own"), open_models[str(tables.get("train"))]
     assert found.keys() == expected.keys() and len(found) == 3
     assert all(np.array_equal(v, expected[client]) for client, v in found.items())
 
@@ -155,7 +155,7 @@ def test_apfl_is_algorithm_1_of_its_paper(tmp_path: Path) -> None:
                 w = w - LR * problem.gradient(w, i, rows)
                 v = v - LR * alpha * problem.gradient(mixed, i, rows)
             own[i] = v
-    found = kept(tmp_path)
+    found = models(tmp_path)
     assert found.keys() == own.keys() and len(own) > 3
     for i, v in own.items():
         np.testing.assert_allclose(found[i], v, rtol=0, atol=2e-6)
@@ -201,7 +201,7 @@ def test_apfl_has_the_same_bits_everywhere_and_leaves_the_shared_model_as_it_is(
     assert whole.model_sha256 == plain.model_sha256
     assert whole.personal["global_clients"] == plain.final["clients"] != whole.final["clients"]
     for name in ("b", "c"):
-        assert all(np.array_equal(v, kept(tmp_path / name)[k]) for k, v in kept(tmp_path / "a").items())
+        assert all(np.array_equal(v, models(tmp_path / name)[k]) for k, v in models(tmp_path / "a").items())
 
 
 PER_FEDAVG = {"name": "per-fedavg", "lr": 0.9, "options": {"inner_lr": 0.3}}

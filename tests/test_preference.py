@@ -38,7 +38,7 @@ ROWS = [
 ]
 
 
-def said(*turns: str) -> Messages:
+def talk(*turns: str) -> Messages:
     """`u:` or `a:` and what is said."""
     return [{"role": {"u": "user", "a": "assistant"}[turn[0]], "content": turn[2:]} for turn in turns]
 
@@ -221,20 +221,20 @@ MORE = "<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
 FORMS = {
     "texts": ({"prompt": "hi", "chosen": "he", "rejected": ""}, ASKED, ("he", "")),
     "messages": (
-        {"prompt": said("u:hi"), "chosen": said("a:he"), "rejected": said("a:ll")}, ASKED, ("he", "ll"),
+        {"prompt": talk("u:hi"), "chosen": talk("a:he"), "rejected": talk("a:ll")}, ASKED, ("he", "ll"),
     ),
     "without a prompt": (
-        {"chosen": said("u:hi", "a:he"), "rejected": said("u:hi", "a:ll")}, ASKED, ("he", "ll"),
+        {"chosen": talk("u:hi", "a:he"), "rejected": talk("u:hi", "a:ll")}, ASKED, ("he", "ll"),
     ),
     "answers that both share": (
-        {"chosen": said("u:hi", "a:he", "u:x", "a:b"), "rejected": said("u:hi", "a:he", "u:x", "a:c")},
+        {"chosen": talk("u:hi", "a:he", "u:x", "a:b"), "rejected": talk("u:hi", "a:he", "u:x", "a:c")},
         ASKED + "he" + MORE, ("b", "c"),
     ),
     "an answer in the prompt": (
-        {"prompt": said("u:hi", "a:he", "u:x"), "chosen": said("a:b"), "rejected": said("a:c")},
+        {"prompt": talk("u:hi", "a:he", "u:x"), "chosen": talk("a:b"), "rejected": talk("a:c")},
         ASKED + "he" + MORE, ("b", "c"),
     ),
-    "equals": ({"chosen": said("u:hi", "a:he"), "rejected": said("u:hi", "a:he")}, ASKED, ("he", "he")),
+    "equals": ({"chosen": talk("u:hi", "a:he"), "rejected": talk("u:hi", "a:he")}, ASKED, ("he", "he")),
 }  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def test_texts_without_a_template_are_joined_as_they_stand(llama: Path) -> None:
 
 def test_files_hold_texts_or_messages_also_as_json_in_a_cell(tmp_path: Path) -> None:
     lines, table = tmp_path / "a.jsonl", tmp_path / "b.csv"
-    rows = [{"prompt": said("u:hi"), "chosen": said("a:he"), "rejected": said("a:ll")}]
+    rows = [{"prompt": talk("u:hi"), "chosen": talk("a:he"), "rejected": talk("a:ll")}]
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     cells = ['"' + json.dumps(rows[0][name]).replace('"', '""') + '"' for name in rows[0]]
     table.write_text("prompt,chosen,rejected\n" + ",".join(cells) + "\n")
@@ -272,8 +272,8 @@ def test_files_hold_texts_or_messages_also_as_json_in_a_cell(tmp_path: Path) -> 
     [
         ({"prompt": "hi", "chosen": "a"}, "expected one for the rejected"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "line 1: empty, expected some text"),
-        ({"chosen": said("u:hi"), "rejected": said("a:b")}, "line 1: no message of the assistant"),
-        ({"prompt": "hi", "chosen": said("a:a"), "rejected": said("a:b")}, "expected a list of messages"),
+        ({"chosen": talk("u:hi"), "rejected": talk("a:b")}, "line 1: no message of the assistant"),
+        ({"prompt": "hi", "chosen": talk("a:a"), "rejected": talk("a:b")}, "expected a list of messages"),
     ],
 )
 def test_bad_rows_are_told_in_one_line(tmp_path: Path, row: dict[str, Any], problem: str) -> None:

@@ -52,7 +52,7 @@ class Failing(InlineTransport):
 
 
 @pytest.fixture
-def told(
+def visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Callable[..., str]:
     """What a run says and writes when the last so many clients are drawn, of which some fail."""
@@ -84,8 +84,8 @@ def without_noise(text: str) -> str:
     return re.sub(r"-?\d+\.\d+(e-?\d+)?|[0-9a-f]{32,}|run-\d-\d", "", text)
 
 
-def test_below_the_quorum_it_is_said_that_too_few_replied_and_no_more(told: Callable[..., str]) -> None:
-    few, many = told(2, CLIENTS), told(5, CLIENTS)
+def test_below_the_quorum_it_is_said_that_too_few_replied_and_no_more(visible: Callable[..., str]) -> None:
+    few, many = visible(2, CLIENTS), visible(5, CLIENTS)
     assert "round 1: too few of those who were drawn sent usable updates" in few
     assert "client-000" not in few + many and "disk" not in few + many
     assert without_noise(few) == without_noise(many)
@@ -97,8 +97,8 @@ def facts(text: str) -> list[Any]:
     return [{k: v for k, v in line.items() if "seconds" not in k and k != "model_sha256"} for line in lines]
 
 
-def test_a_round_says_the_same_whoever_takes_part(told: Callable[..., str]) -> None:
-    one, other = told(3, 0), told(7, CLIENTS - 6)
+def test_a_round_says_the_same_whoever_takes_part(visible: Callable[..., str]) -> None:
+    one, other = visible(3, 0), visible(7, CLIENTS - 6)
     assert facts(one) == facts(other) and len(facts(one)) == 2
     assert "client-000" not in one + other
     assert one.splitlines()[-1] == other.splitlines()[-1] == "[0, 0]"
@@ -136,11 +136,11 @@ def test_a_worker_that_keeps_dying_names_no_client(tells: bool) -> None:
 
 @pytest.mark.parametrize("room", [atoll.server.rounds.aggregation, atoll.server.rounds.round_log])
 def test_a_planted_leak_is_found(
-    room: Any, told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    room: Any, visible: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "unless_secret", lambda job, said, instead: said)
     if room is atoll.server.rounds.aggregation:
-        few, many = told(2, CLIENTS), told(5, CLIENTS)
+        few, many = visible(2, CLIENTS), visible(5, CLIENTS)
         assert without_noise(few) != without_noise(many) and "client-000" in few
     else:
-        assert facts(told(3, 0)) != facts(told(7, CLIENTS - 6))
+        assert facts(visible(3, 0)) != facts(visible(7, CLIENTS - 6))

@@ -25,12 +25,12 @@ class Workers:
         default_factory=lambda: defaultdict(list)
     )
     dismissed: list[int] = field(default_factory=list)
-    given: list[tuple[int, str]] = field(default_factory=list)
+    dispatched: list[tuple[int, str]] = field(default_factory=list)
 
     def submit(self, worker: int, block: list[str]) -> Future[list[str]]:
         future: Future[list[str]] = Future()
         self.at[worker].append((block, future))
-        self.given.append((worker, block[0]))
+        self.dispatched.append((worker, block[0]))
         self.then(self, worker)
         return future
 
@@ -58,18 +58,18 @@ def names(count: int) -> list[list[str]]:
 
 def test_a_worker_has_a_block_and_one_at_its_door_and_the_last_ones_go_to_who_is_free() -> None:
     def then(crew: Workers, worker: int) -> None:
-        if len(crew.given) == 4:
+        if len(crew.dispatched) == 4:
             crew.finish(0)
 
     crew = Workers(then)
     answers = crew.answers(*names(6))
     assert next(answers) == "c0!"
     # 0 is at c1, and 1 at c2 with c3 at its door. Two are left: one goes to 0's door, one stays.
-    assert crew.given == [(0, "c0"), (0, "c1"), (1, "c2"), (1, "c3"), (0, "c4")]
+    assert crew.dispatched == [(0, "c0"), (0, "c1"), (1, "c2"), (1, "c3"), (0, "c4")]
     crew.finish(0)
-    assert next(answers) == "c1!" and len(crew.given) == 5
+    assert next(answers) == "c1!" and len(crew.dispatched) == 5
     crew.finish(0)
-    assert next(answers) == "c4!" and crew.given[-1] == (0, "c5")
+    assert next(answers) == "c4!" and crew.dispatched[-1] == (0, "c5")
     for worker in (0, 1, 1):
         crew.finish(worker)
     assert sorted(answers) == ["c2!", "c3!", "c5!"] and not crew.dismissed
@@ -77,22 +77,22 @@ def test_a_worker_has_a_block_and_one_at_its_door_and_the_last_ones_go_to_who_is
 
 def test_a_dead_workers_blocks_are_done_again() -> None:
     def then(crew: Workers, worker: int) -> None:
-        if len(crew.given) == 2:
+        if len(crew.dispatched) == 2:
             crew.die(0)  # with c0 at work and c1 at its door
-        elif len(crew.given) > 2:
+        elif len(crew.dispatched) > 2:
             crew.finish(worker)
 
     crew = Workers(then)
     assert sorted(crew.answers(*names(4))) == ["c0!", "c1!", "c2!", "c3!"]
     assert crew.dismissed == [0]
-    assert sorted(name for _, name in crew.given) == ["c0", "c0", "c1", "c1", "c2", "c3"]
+    assert sorted(name for _, name in crew.dispatched) == ["c0", "c0", "c1", "c1", "c2", "c3"]
 
 
 def test_a_block_that_kills_every_worker_ends_the_round() -> None:
     crew = Workers(Workers.die, count=1)
     with pytest.raises(JobError, match="died 3 times over deadly and 1 more; out of memory"):
         list(crew.answers(["deadly", "other"]))
-    assert len(crew.given) == 3
+    assert len(crew.dispatched) == 3
 
 
 def test_who_stops_listening_ends_the_workers_that_are_still_at_it() -> None:

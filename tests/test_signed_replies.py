@@ -103,7 +103,7 @@ def signature(sent: Sent) -> bytes:
     return sent.seal.signatures[sent.client]
 
 
-def told(sent: Sent, exchange: Exchange) -> Sent:
+def readdressed(sent: Sent, exchange: Exchange) -> Sent:
     """The message as if it answered that request: of its seal nothing but the signature stays."""
     assert sent.seal is not None
     return replace(sent, seal=Seal(exchange.run, exchange.round, exchange.nonce, sent.seal.signatures))
@@ -116,7 +116,7 @@ def of_another(field: str) -> Forge:
         other = replace(exchange, **{field: getattr(forger.exchange(), field)})
         if other == exchange:
             other = replace(exchange, round=exchange.round + 1)
-        return told(forger.sign(sent, other, sent.site), exchange)
+        return readdressed(forger.sign(sent, other, sent.site), exchange)
 
     return forge
 

@@ -137,14 +137,14 @@ def test_an_answer_that_cannot_be_made_costs_the_next_one_nothing(kit: Path) -> 
         assert status(kit) == STANDS
 
 
-def said(kit: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def status_lines(kit: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert command_line(["status", "--server", str(kit)]) == 0
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_verb_tells_sites_health_and_runs(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with answering(kit / "state", lambda: STANDS):
-        lines = said(kit, capsys)
+        lines = status_lines(kit, capsys)
     assert lines[:4] == [
         "online   north",
         "offline  south, west",
@@ -160,7 +160,7 @@ def test_the_verb_tells_sites_health_and_runs(kit: Path, capsys: pytest.CaptureF
 def test_the_verb_says_why_no_job_can_be_submitted(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     down = Federation((), (), (), frozenset(), "the superlink ended", "127.0.0.1:50051", known=False)
     with answering(kit / "state", lambda: down):
-        assert said(kit, capsys)[:3] == [
+        assert status_lines(kit, capsys)[:3] == [
             "online   unknown",
             "offline  unknown",
             "health   not serving: the superlink ended",

@@ -65,7 +65,7 @@ class Scene:
 
     folder: Path
     link: SuperLink = field(default_factory=SuperLink)
-    said: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     now: float = 0.0
     supervisor: RunSupervisor = field(init=False)
 
@@ -79,7 +79,7 @@ class Scene:
 
     def restart(self) -> None:
         """The server's own process is another one."""
-        self.supervisor = RunSupervisor(self.state, self.link, self.said.append, lambda: self.now)
+        self.supervisor = RunSupervisor(self.state, self.link, self.lines.append, lambda: self.now)
 
     def look(self) -> None:
         self.supervisor.look(self.link.runs(1))
@@ -106,14 +106,14 @@ def test_a_dead_process_is_seen_at_the_second_look_and_its_run_goes_on(scene: Sc
     (scene.folder / "out").mkdir()
     (scene.folder / "out" / "metrics.jsonl").write_text("{}\n{}\n")
     scene.look()
-    assert not scene.said and not scene.link.run(first).finished  # it may have told its end before it died
+    assert not scene.lines and not scene.link.run(first).finished  # it may have told its end before it died
     scene.look()
-    assert scene.said == ["the process of run 1 died; it goes on as run 2"]
+    assert scene.lines == ["the process of run 1 died; it goes on as run 2"]
     assert scene.link.run(1).outcome == "stopped" and scene.link.places[2] == str(scene.folder / "out")
     assert became(scene.state, scene.link.run(1)) == 2
     assert not process_file(scene.state, 1).exists()
     scene.look()
-    assert len(scene.said) == 1
+    assert len(scene.lines) == 1
 
 
 def test_a_process_that_told_its_end_before_it_died_is_left_alone(scene: Scene) -> None:
@@ -123,7 +123,7 @@ def test_a_process_that_told_its_end_before_it_died_is_left_alone(scene: Scene) 
         scene.link.becomes(run_id, **{"status": "finished", **end})
         scene.look(), scene.look()
         assert became(scene.state, scene.link.run(run_id)) == scene.link.run(run_id)
-    assert scene.said == [] and len(scene.link.stands) == 3
+    assert scene.lines == [] and len(scene.link.stands) == 3
     assert Record.load(scene.state).going_on == {}
 
 
@@ -132,7 +132,7 @@ def test_a_run_that_the_superlink_gave_up_goes_on_though_its_process_never_began
     scene.link.becomes(run_id, **DIED)
     assert became(scene.state, scene.link.run(run_id)) is None  # whoever follows it waits
     scene.look()
-    assert scene.said == ["the process of run 1 died; it goes on as run 2"]
+    assert scene.lines == ["the process of run 1 died; it goes on as run 2"]
 
 
 @pytest.mark.processes
@@ -144,18 +144,18 @@ def test_a_process_that_lives_is_waited_for_and_then_killed(scene: Scene) -> Non
     process.start()
     assert ready.wait(600)
     scene.look(), scene.look()
-    assert not scene.said
+    assert not scene.lines
     scene.link.becomes(run_id, **DIED)
     scene.look()
     scene.now += LINGER_SECONDS
     scene.look()
-    assert process.is_alive() and not scene.said
+    assert process.is_alive() and not scene.lines
     scene.now += 1
     scene.look()
     process.join(600)
     assert process.exitcode == -9
     scene.look()
-    assert scene.said[-1].endswith("as run 2")
+    assert scene.lines[-1].endswith("as run 2")
 
 
 def _hold_for_ever(path: Path, ready: Any) -> None:
@@ -188,14 +188,14 @@ def test_a_run_that_dies_again_and_again_is_given_up_unless_it_gets_on(scene: Sc
         "its process died 6 times after round 2; once what kills it is mended, it goes on with"
         " atoll submit --resume"
     )
-    assert scene.said[-1] == f"run {last.run_id}: {end.details}"
+    assert scene.lines[-1] == f"run {last.run_id}: {end.details}"
 
 
 def test_a_server_that_was_killed_finds_its_runs_dead_and_goes_on_with_them(scene: Scene) -> None:
     scene.begun()
     scene.restart()
     scene.look(), scene.look()
-    assert scene.said == ["the process of run 1 died; it goes on as run 2"]
+    assert scene.lines == ["the process of run 1 died; it goes on as run 2"]
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -223,7 +223,7 @@ def test_what_can_no_longer_be_started_says_why(scene: Scene) -> None:
     scene.begun()
     scene.link.refused = True
     scene.look(), scene.look()
-    assert scene.said == [
+    assert scene.lines == [
         "run 1: its process died, and it cannot be started again: my-strategy is not installed"
     ]
 
@@ -235,7 +235,7 @@ def test_another_apps_runs_and_unknown_old_ones_are_left_alone(scene: Scene) -> 
     old = scene.link.start_job("{}", str(scene.folder / "out"))
     scene.link.becomes(old, **DIED)  # before this server kept a record
     scene.look()
-    assert scene.said == [] and not Record.load(scene.state).going_on
+    assert scene.lines == [] and not Record.load(scene.state).going_on
 
 
 def test_a_damaged_record_is_named(scene: Scene) -> None:

@@ -67,18 +67,18 @@ def test_under_a_promise_one_example_less_changes_no_other_ones_side(kind: str) 
     task, shard = shares(28, kind)
     learner = learner_of(privacy=EXAMPLES, data={"source": "digits", "validation_fraction": 0.3})
 
-    def kept(part: Shard) -> set[bytes]:
+    def validation_keys(part: Shard) -> set[bytes]:
         if kind == "content":
             return {*parts_of(learner, part)[1].keys}
         train, validation = task.split(part, 5, 0.3, helped=False)
         assert sorted([*train, *validation]) == list(range(len(part)))
         return {part.keys[row] for row in validation}
 
-    whole = kept(shard)
+    whole = validation_keys(shard)
     assert 0 < len(whole) < len(shard)
     for row in range(len(shard)):
         less = shard.select([r for r in range(len(shard)) if r != row])
-        assert kept(less) == whole - {shard.keys[row]}
+        assert validation_keys(less) == whole - {shard.keys[row]}
 
 
 def test_patients_and_series_stay_together() -> None:

@@ -313,7 +313,7 @@ def a_clients_ledger_has_every_release() -> None:
 
 
 def what_a_client_sends_beside_its_tensors_is_silent() -> None:
-    def told(given: Sequence[Record]) -> dict[str, Any]:
+    def observed(given: Sequence[Record]) -> dict[str, Any]:
         setting = job(examples(seeded_noise=True))
         table = FeatureTable.of(
             torch.stack([r.features for r in given]), torch.tensor([r.label for r in given])
@@ -329,7 +329,7 @@ def what_a_client_sends_beside_its_tensors_is_silent() -> None:
             "hello": [hello.num_examples for hello in site.hello(setting)],
         }
 
-    detectors.check_silence(told(records(5)), told(records(9)))
+    detectors.check_silence(observed(records(5)), observed(records(9)))
 
 
 class Held(NoShards):
@@ -363,16 +363,16 @@ def what_the_server_tells_is_silent() -> None:
     setup = SimpleNamespace(job=setting, test=None, population=["c0", "c1", "c2"])
     run = Run(cast(Any, setup), cast(Any, state))
 
-    def told(last: Update) -> dict[str, Any]:
+    def observed(last: Update) -> dict[str, Any]:
         states = {n: torch.tensor(float(last.num_examples)) for n in ("train_loss.sum", "train_loss.count")}
         updates = [replace(u, client=f"c{i}", states=states) for i, u in enumerate([*people(MODEL, 2), last])]
         looked = Validation.of(setting)(updates, ["c0", "c1", "c2"], MODEL, 1)
         line = round_log.log_line(run, ["c0", "c1", "c2"], looked, evaluation.evaluate_global(run), {})
         return {"line": line, "clients": evaluation.evaluate_clients(run)}
 
-    plain = told(people(MODEL)[0])
+    plain = observed(people(MODEL)[0])
     for odd in adversaries(MODEL):
-        detectors.check_silence(plain, told(replace(odd, num_examples=9)))
+        detectors.check_silence(plain, observed(replace(odd, num_examples=9)))
 
 
 def shares_of_the_noise_make_the_whole() -> None:

@@ -26,7 +26,7 @@ from benchmarks.workload import Outcome, Workload, seconds_between
 
 
 @functools.cache
-def kept(path: str) -> tuple[Workload, torch.nn.Module]:
+def loaded(path: str) -> tuple[Workload, torch.nn.Module]:
     """The data and a network to train, once in a process."""
     torch.set_num_threads(1)
     workload = Workload.load(Path(path))
@@ -35,7 +35,7 @@ def kept(path: str) -> tuple[Workload, torch.nn.Module]:
 
 def train(message: Message, context: Context) -> Message:
     """One client's local epoch."""
-    workload, network = kept(str(message.content.config_records["config"]["workload"]))
+    workload, network = loaded(str(message.content.config_records["config"]["workload"]))
     inputs, targets = workload.client(int(context.node_config["partition-id"]))
     network.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     own = torch.from_numpy(inputs), torch.from_numpy(targets)

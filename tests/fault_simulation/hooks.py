@@ -151,7 +151,7 @@ class UncontestedLock:
 class SharedLearner:
     """The server's learner, made once in a process for each job and what its clients tell."""
 
-    of = staticmethod(cache(lambda key: Learner.of(*key.given)))
+    of = staticmethod(cache(lambda key: Learner.of(*key.arguments)))
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class LearnerKey:
     """What a learner is made of, compared by the job's hash and the facts."""
 
     name: str
-    given: tuple[Any, ...] = field(compare=False)
+    arguments: tuple[Any, ...] = field(compare=False)
 
 
 class Learners:

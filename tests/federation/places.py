@@ -41,11 +41,11 @@ class Running:
     def says(self, words: str, times: int = 1) -> None:
         """Wait until it has said this, so often."""
 
-        def said() -> bool:
+        def has_written() -> bool:
             return self.text().count(words) >= times
 
         try:
-            wait_until(said, words, alive=lambda: self.process.poll() is None or said())
+            wait_until(has_written, words, alive=lambda: self.process.poll() is None or has_written())
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{self.text()}") from None
 

@@ -32,7 +32,7 @@ from atoll.sim.engines.engine import cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.federation.conftest import CLASSES, CLIENTS, Ring, job
-from tests.federation.wire import Tap, bodies, said, share_found, tapped
+from tests.federation.wire import Tap, bodies, share_found, tapped, traffic
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
@@ -153,7 +153,7 @@ def forms_of(update: Update, vector: Vector) -> list[bytes]:
 
 def masked_on(heard: Heard) -> list[Vector]:
     """The vectors that sites sent."""
-    found = bodies(said(heard.folder, "up"), "content/vector")
+    found = bodies(traffic(heard.folder, "up"), "content/vector")
     return [body["content/vector"].numpy().view(np.uint64) for body in found]
 
 
@@ -202,16 +202,18 @@ def by_client(heard: Heard, number: int) -> dict[str, Vector]:
 def test_without_a_secure_sum_every_update_is_on_the_wire(wire: Wire) -> None:
     heard = wire.hear(job("plain", federation={"rounds": 1}))
     assert heard.ended_in == heard.expected
-    sent = said(heard.folder, "up")
+    sent = traffic(heard.folder, "up")
     assert sorted(heard.replayed.updates) == [(1, client) for client in CLIENTS]
     for update in heard.replayed.updates.values():
         assert share_found(delta_bytes(update), sent) == 1.0
-    assert share_found(map(tensor_bytes, heard.replayed.asked[1].values()), said(heard.folder, "down")) == 1.0
+    assert (
+        share_found(map(tensor_bytes, heard.replayed.asked[1].values()), traffic(heard.folder, "down")) == 1.0
+    )
 
 
 def test_with_a_secure_sum_no_form_of_any_update_is_on_the_wire(secure: Heard) -> None:
     assert secure.ended_in == secure.expected
-    wire, replayed = said(secure.folder), secure.replayed
+    wire, replayed = traffic(secure.folder), secure.replayed
     assert sorted(replayed.vectors) == list(itertools.product((1, 2), CLIENTS))
     # What is searched for is what would have been sent: multiples of 2^-32 of delta times examples.
     for at, update in replayed.updates.items():
@@ -242,7 +244,7 @@ def test_what_the_server_gets_of_a_client_is_random_and_only_the_sum_is_not(secu
 
 
 def test_public_keys_are_on_the_wire_and_no_secret_is(secure: Heard) -> None:
-    wire = said(secure.folder)
+    wire = traffic(secure.folder)
     for number in (1, 2):
         told = secure.of_round(number)
         assert sorted(told) == CLIENTS
@@ -261,6 +263,6 @@ def test_the_same_search_finds_a_site_that_leaves_its_masks_off(wire: Wire) -> N
     finally:
         (wire.watch / "unmasked").unlink()
     vectors, plain = masked_on(heard), list(heard.replayed.vectors.values())
-    assert share_found([v.astype("<u8").tobytes() for v in plain], said(heard.folder)) == 1.0
+    assert share_found([v.astype("<u8").tobytes() for v in plain], traffic(heard.folder)) == 1.0
     assert max(map(randomness, vectors)) < CHANCE
     assert all(max(likeness(vector, hidden) for vector in vectors) > SIGMAS for hidden in plain)

@@ -78,7 +78,7 @@ def tapped(kit: ServerKit, folder: Path) -> Iterator[Tap]:
         yield tap
 
 
-def said(folder: Path, way: str = "*") -> bytes:
+def traffic(folder: Path, way: str = "*") -> bytes:
     """All that was written down, one connection after the other; `way` is up or down, or both."""
     return b"\n".join(path.read_bytes() for path in sorted(folder.glob(f"*.{way}")))
 
