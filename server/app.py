@@ -97,7 +97,7 @@ class FlowerTransport:
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     sites: dict[int, str] = field(default_factory=dict)
-    """The name under which each node that was greeted is registered."""
+    """The registered name of each node that has been asked for greetings."""
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)

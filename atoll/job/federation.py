@@ -14,7 +14,7 @@ Scheme = Literal["fp16", "int8", "int4", "top-k", "sign"]
 """How an update is compressed."""
 
 Selection = Literal["uniform", "by-size", "power-of-choice", "oort"]
-"""How a round's clients are chosen."""
+"""How a round's clients are sampled."""
 
 if TYPE_CHECKING:
     from atoll.job.job import Job

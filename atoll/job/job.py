@@ -52,7 +52,7 @@ class TaskSection(Section):
 
 
 class Iid(Section):
-    """Every client draws from the same distribution."""
+    """Examples are divided evenly at random, so all clients have the same distribution."""
 
     kind: Literal["iid"] = "iid"
 

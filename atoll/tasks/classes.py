@@ -1,4 +1,4 @@
-"""What tasks with one class an example share: which classes there are, the loss, the metrics."""
+"""Shared parts of classification tasks: agreeing on the classes, the loss and the metrics."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def agreed(data_info: Sequence[DataInfo], key: str) -> list[str]:
 
 
 class Labelled(Task):
-    """One of several classes for each example: a linear head, cross-entropy, accuracy, macro F1."""
+    """A task that predicts one class per example: linear head, cross-entropy, accuracy, macro F1."""
 
     info_fields = class_fields()
 
@@ -128,7 +128,7 @@ class Labelled(Task):
         )
 
     def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
-        """The most likely class and its probability, and all probabilities."""
+        """The most likely class, its probability, and the probabilities of all classes."""
         rows = []
         for row in torch.softmax(predictions, dim=-1):
             best = int(row.argmax())

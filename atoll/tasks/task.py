@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt, the text that the model wrote for it, and the text that the data has for it."""
+    """A held-out prompt, the text that the model generated for it, and the reference text in the data."""
 
     prompt: str
     written: str
@@ -164,16 +164,16 @@ class Task(Protocol):
     def split(
         self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
     ) -> tuple[list[int], list[int]]:
-        """(rows to train on, rows to measure on) of one client's shard, for a task that `has_own_split`.
+        """(training rows, validation rows) of one client's shard, for a task that `has_own_split`.
 
-        `seed` is the job's. A `fraction` below 1 is the part to measure on, from 1 on it is a number of rows.
-        With `helped` a small client may be given at least one row of each kind; without it, a row's side must
-        not depend on any other row, as example-level privacy requires.
+        `seed` is the job's. A `fraction` below 1 is that of validation rows, from 1 on it is their number.
+        With `helped` a small client may get at least one row of each kind; without it, a row's side must not
+        depend on any other row, as example-level privacy requires.
         """
         raise TypeError(f"{self.name} splits by content alone")
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """What one client's data contributes to the model's form, as JSON-able values: its classes, say."""
+        """What a model's shape depends on in one client's data, such as its classes, as JSON-able values."""
         ...
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:

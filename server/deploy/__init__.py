@@ -1,1 +1,1 @@
-"""A real federation's server: processes, the public door, kits, submitting jobs."""
+"""A real federation's server: its processes, the public reverse proxy, provisioning, submitting jobs."""

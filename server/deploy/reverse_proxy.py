@@ -45,10 +45,10 @@ ALLOWED_PATHS = frozenset(
 )
 HOP_BY_HOP = frozenset({"host", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"})
 BODY_LIMIT = 32 * 2**20
-"""Bytes; Flower sends arrays in objects of 5 MiB at most."""
+"""The most bytes of a request's body; Flower sends arrays in objects of at most 5 MiB."""
 BODY_SECONDS = 60.0
 HEAD_LIMIT = 64 * 1024
-"""Bytes of a request's head."""
+"""The most bytes of a request's head."""
 FROM_A_SITE = 200
 """The status of the SuperLink's answers to calls that are signed with a site's key."""
 ACTIVATE, IS_ACTIVE = b"/v1/fleet/activate-node", 412

@@ -345,4 +345,4 @@ SUPERLINK = "atoll.server.deploy.superlink:superlink"
 SUPEREXEC = "atoll.server.deploy.executor:superexec"
 PROGRAMS = ("flwr.superlink.cli.flower_superlink", "flwr.superlink.main", "atoll.server.deploy.executor")
 SERVER_APP = ("atoll.server.app", *ANY)
-"""What the fork server imports before it forks the two programs, and a process for each run."""
+"""The modules that the fork server imports before it forks the two Flower processes and runs' processes."""

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "status.sock"
 ANSWER_SECONDS = 90.0
-"""The server gives the SuperLink 30 seconds for each of two questions."""
+"""How long a client waits for an answer; the server itself waits up to 30 s for each of two calls."""
 READ_SECONDS = 10.0
 """How long a client may take to read the answer; others wait meanwhile."""
 

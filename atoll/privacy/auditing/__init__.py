@@ -1,1 +1,1 @@
-"""What an attack shows of epsilon: bounds from guesses, and membership scores."""
+"""Privacy auditing: lower bounds on epsilon from attacks with canaries, and membership scores."""

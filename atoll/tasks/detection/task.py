@@ -1,4 +1,4 @@
-"""Object detection: boxes with classes, by torchvision's detectors; COCO's mAP."""
+"""Object detection: predicts boxes with classes; torchvision's detectors; COCO's mAP."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Causal language models: the next token of texts, of answers, of an assistant's turns."""
+"""Causal language modelling: predicts the next token of texts, answers, or an assistant's turns."""

@@ -1,1 +1,1 @@
-"""Preferences: of two completions the better one, learnt by direct preference optimisation."""
+"""Preference learning from pairs of completions by direct preference optimisation (DPO)."""

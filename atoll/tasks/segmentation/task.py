@@ -1,4 +1,4 @@
-"""Segmentation: a class for every pixel, by torchvision's networks or SegFormer; mean IoU, Dice."""
+"""Semantic segmentation: a class for every pixel; torchvision's networks or SegFormer; mean IoU, Dice."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ CHARACTERS = 6
 """The longest n-grams of chrF."""
 
 RECALL_WEIGHT = 2**2
-"""beta squared."""
+"""beta^2 in chrF's F-score, with beta = 2."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
