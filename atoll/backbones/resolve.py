@@ -230,7 +230,7 @@ def _resolve_brought(section: BackboneSection, seed: int) -> Backbone:
     brought = found_as(section, seed, file)
     options = options_for(BACKBONES[brought.name], section.options)
     return Backbone(
-        "plugin", brought.name, brought.origin, None, brought.weights, brought.fingerprint, given=options
+        "plugin", brought.name, brought.origin, None, brought.weights, brought.fingerprint, options=options
     )
 
 
