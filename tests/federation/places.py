@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,7 +83,7 @@ _taken: list[FileLock] = []
 
 def unused_port() -> int:
     """A loopback port that nobody listens on, and that no other test is going to take."""
-    folder = Path(tempfile.gettempdir(), f"atoll-test-ports-{os.getuid()}")
+    folder = Path("/var/tmp", f"atoll-test-ports-{os.getuid()}")  # one for all, wherever their folders lie
     folder.mkdir(exist_ok=True)
     for port in range(FIRST_PORT, FIRST_PORT + PORTS):
         lock = FileLock(folder / str(port), thread_local=False)
