@@ -1,6 +1,7 @@
 """Whatever comes in a message's place ends in one client set aside with a reason, or in a valid update.
 
-Here with a hundred cases a test; `make fuzz` plays a million by the same strategies.
+Here with a hundred cases a test; `make fuzz-structured` plays a million by the same strategies, `make fuzz` a
+million that atheris makes up (`tests/fuzzing.py`).
 """
 
 from __future__ import annotations
