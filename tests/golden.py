@@ -67,11 +67,18 @@ HEADS: dict[str, dict[str, Any]] = {
         "strategy": {"name": "fedcompass", "options": {"min_steps": 2, "max_steps": 6}},
         "federation": {"cohort": None, "concurrency": 4, "rounds": 5},
     },
+    "strategy-flanders": {
+        "strategy": {"name": "flanders", "options": {"hostile": 1}},
+        "federation": {"cohort": None, "rounds": 5},
+    },
     "strategy-signsgd": {
         "strategy": {"name": "signsgd"}, "federation": {"compression": "sign", "error_feedback": False},
     },
     **{f"closed-form-{kind}": {"tune": {"head_init": kind}, "federation": {"rounds": 1}}
        for kind in ("prototype", "ridge")},
+    "closed-form-random-features": {
+        "tune": {"head_init": "ridge", "hidden": 32}, "federation": {"rounds": 1},
+    },
     **{f"imbalance-{kind}": {"train": {"imbalance": kind}}
        for kind in ("weights", "focal", "logits", "sampling")},
     "personal-mixture": {"personal": {"keep": "mixture"}},
@@ -108,6 +115,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "lora-example-privacy": {"method": "lora", "privacy": EXAMPLE},
     "last-k": {"method": "last-k"},
     "lora": {"method": "lora"},
+    "lora-rslora": {"method": "lora", "tune": {"method": "lora", "rank": 4, "rslora": True}},
+    "lora-fedsb": {"method": "lora", "tune": {"method": "lora", "rank": 4, "lora_merge": "fedsb"}},
     "full-client-privacy": {"method": "full", "privacy": CLIENT},
     "full-int8": {"method": "full", "federation": {"clients": 2, "rounds": 2, "compression": "int8"}},
     "personal-norms": {"method": "full", "personal": {"keep": "norms"}},

@@ -91,7 +91,11 @@ GIVEN: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "text-labels": lambda rows: {"classes": sorted({name for names in rows["labels"] for name in names})},
     "segmentation": lambda rows: {},
 }
-OPTIONS = {"object-detection": {"max_boxes": 8}, "intent": {"tags": ("B-place",)}}
+OPTIONS = {
+    "object-detection": {"max_boxes": 8},
+    "intent": {"tags": ("B-place",)},
+    "speech-recognition": {"letters": "abo"},
+}
 
 
 def all_of_class(row: dict[str, Any], number: int) -> bytes:

@@ -14,7 +14,7 @@ from torch import nn
 
 from atoll.backbones.augmentation import masked_spectrum
 from atoll.backbones.checkpoint import config_of, load_state_dict_strict, load_transformer, load_weights
-from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS
+from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS, SMALL_CTC
 from atoll.backbones.encoder import Batch, Encoder, Variation
 from atoll.backbones.options import RecurrentLayers, options_of
 from atoll.backbones.resolve import Backbone
@@ -24,8 +24,6 @@ from atoll.errors import ConfigError, WeightsError
 from atoll.job.job import Job
 from atoll.job.section import Count
 from atoll.protocol.random_streams import global_stream
-
-SMALL_CTC = "small-ctc"
 
 
 class SmallCtcOptions(RecurrentLayers):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import string
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from atoll.backbones.resolve import Backbone
+from atoll.backbones.resolve import Backbone, is_run_checkpoint, local_folder
 from atoll.backbones.whisper import WHISPER
 from atoll.errors import ConfigError, WeightsError
+from atoll.job.job import BackboneSection
 
 _DROPPED = str.maketrans("", "", string.punctuation.replace("'", ""))
 
@@ -83,26 +84,58 @@ def _numbered(letters: Sequence[str]) -> CtcVocabulary:
 ENGLISH_LETTERS = _numbered(f"' {string.ascii_lowercase}")
 SHOWN = 40
 """Letters that a line names."""
+SMALL_CTC = "small-ctc"
+"""Atoll's own network that writes letters."""
 
 
-def letters_of(backbone: Backbone, letters: str | None = None) -> CtcVocabulary:
-    """Those of a network's folder (`vocab.json`), or those `letters` where it has none, or the English ones.
+def english_and(others: Iterable[str]) -> CtcVocabulary:
+    """The English letters, and behind them the others in order of their code.
 
-    That of Whisper is of its decoder's pieces of words, so it has none.
+    >>> english_and("") == ENGLISH_LETTERS, [*english_and("öße").numbers][-3:]
+    (True, ['z', 'ß', 'ö'])
+    """
+    return _numbered([*ENGLISH_LETTERS.numbers, *sorted(set(others) - ENGLISH_LETTERS.numbers.keys())])
+
+
+def has_letters(section: BackboneSection) -> bool:
+    """Whether a job's network brings its letters, so that those of the data are not needed.
+
+    Nothing is downloaded for it: a network that isn't on this machine yet is taken to bring them.
+    """
+    if section.weights not in ("pretrained", "random"):
+        path = Path(section.weights)
+        if section.name == f"atoll:{SMALL_CTC}" and path.is_file():
+            return True
+        if _letters_of_run(path / "model" / "model.safetensors") is not None:
+            return True
+    if section.name.startswith("hf:") or ":" not in section.name:
+        folder = local_folder(section)
+        return folder is None or _has_table(folder)
+    return False
+
+
+def letters_of(
+    backbone: Backbone, letters: str | None = None, letters_of_data: Iterable[str] = ()
+) -> CtcVocabulary:
+    """Those of a network's folder (`vocab.json`); else `letters`, or those of the run that weights are from.
+
+    Where there are none of these: the English ones and `letters_of_data`. A folder of Whisper's has the
+    pieces of words that its decoder writes, and so no letters.
 
     Raises:
         WeightsError: the file isn't a table of letters, or is missing beside a layer of letters.
         ConfigError: letters are given, and the folder has its own.
     """
-    fresh = ENGLISH_LETTERS if letters is None else vocabulary_of(letters)
     path = Path(backbone.folder or "") / "vocab.json"
-    if backbone.kind != "hf" or not path.is_file():
+    if backbone.kind != "hf" or not _has_table(path.parent):
         _check_no_letters(backbone)
-        return fresh
+        if letters is not None:
+            return vocabulary_of(letters)
+        of_run = None if backbone.weights is None else _letters_of_run(backbone.weights)
+        is_file = backbone.kind == "atoll" and backbone.weights is not None
+        return of_run or (ENGLISH_LETTERS if is_file else english_and(letters_of_data))
     try:
         config = json.loads((path.parent / "config.json").read_text("utf-8"))
-        if config.get("model_type") == WHISPER:
-            return fresh
         if letters is not None:
             raise ConfigError(f"task.options.letters: {path} says the letters of this network, expected none")
         table: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -113,6 +146,37 @@ def letters_of(backbone: Backbone, letters: str | None = None) -> CtcVocabulary:
         raise WeightsError(f"{path}: no symbol for a space, expected '|' or ' '")
     size = max(len(table), int(config.get("vocab_size") or 0))
     return CtcVocabulary(numbers, int(config.get("pad_token_id") or 0), size)
+
+
+def _has_table(folder: Path) -> bool:
+    """Whether a folder has a table of letters: Whisper's table is of pieces of words."""
+    config = folder / "config.json"
+    if not (folder / "vocab.json").is_file() or not config.is_file():
+        return False
+    try:
+        return bool(json.loads(config.read_text("utf-8")).get("model_type") != WHISPER)
+    except (ValueError, AttributeError):
+        return True  # `letters_of` says what is wrong with it
+
+
+def _letters_of_run(weights: Path) -> CtcVocabulary | None:
+    """The letters of the run whose model a file is; None where it is no model of a recogniser's run.
+
+    Raises:
+        WeightsError: what the run says of its model can't be read.
+    """
+    if not is_run_checkpoint(weights):
+        return None
+    about = weights.parent / "model.json"
+    try:
+        saved = json.loads(about.read_text("utf-8"))
+        task = saved["job"]["task"]
+        if task["name"] != "speech-recognition":
+            return None
+        letters = task["options"].get("letters")
+        return english_and(saved["facts"].get("letters", ())) if letters is None else vocabulary_of(letters)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise WeightsError(f"{about}: damaged, expected the job of the run and its facts") from None
 
 
 def _check_no_letters(backbone: Backbone) -> None:

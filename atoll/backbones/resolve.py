@@ -260,6 +260,16 @@ def parent_job(weights: Path) -> Job | None:
     return Job.load(weights.parents[1] / "job.toml") if is_run_checkpoint(weights) else None
 
 
+def local_folder(section: BackboneSection) -> Path | None:
+    """The folder of a network of transformers, found without its weights; None where it isn't here yet."""
+    if ":" not in section.name:
+        return Path(section.name)
+    cached = _hub_cache(section.name.partition(":")[2])
+    if cached is None and section.name in PACKAGED:
+        return _from_package(*PACKAGED[section.name], offline=True, tried=[])
+    return cached
+
+
 def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:
     tried = []
     cached = _hub_cache(name)

@@ -76,7 +76,8 @@ class Learner:
 
         check_fits(job, task)
         backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
-        return cls(job, task.configured(job, backbone), data_info, backbone, progress, teacher_of(job))
+        task = task.configured(job, backbone).with_data_info(data_info)
+        return cls(job, task, data_info, backbone, progress, teacher_of(job))
 
     @property
     def uses_features(self) -> bool:

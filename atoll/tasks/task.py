@@ -108,6 +108,13 @@ class Task(Protocol):
         """
         return self
 
+    def with_data_info(self, data_info: DataInfo) -> Task:
+        """The task, already `configured`, set up for what all clients agreed on (`merge_info`).
+
+        For a task whose `loss` or `metric_inputs`, which are not given the data info, depend on it.
+        """
+        return self
+
     def check(self, job: Job) -> None:
         """Refuse a job that this task cannot do, before any data is read.
 

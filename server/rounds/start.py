@@ -193,6 +193,7 @@ def _continue_from(run: Run, checkpoint: Checkpoint) -> None:
             k for k in {*checkpoint.data_info, *data_info} if checkpoint.data_info.get(k) != data_info.get(k)
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
+    run.setup.directory.check_same_data()
     state.round, state.tensors = checkpoint.round, checkpoint.tensors
     state.selection, others = selection_from_checkpoint(checkpoint.state)
     rest = state.flights.resume(run.setup.protection.resume(others))

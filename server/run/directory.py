@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 UPDATES = "updates"
 """The folder of large updates in a run's directory."""
+DATA_HASHES = "data_hashes.json"
+"""The file of a simulation that says with which data it began."""
+DATA_SCHEMA = 1
+SHOWN_CLIENTS = 5
+"""Clients whose data changed that a line names."""
 
 
 @dataclass
@@ -33,7 +38,7 @@ class RunDirectory:
     """An open run directory, locked so that one process at a time runs in it; leaving the context unlocks it.
 
     If the job is refused before `commit`, everything stays as it was: new files are removed, and an old run
-    that `force` would replace is untouched.
+    that `force` would replace is untouched. `data_hashes` has the data of a simulation's clients, by name.
     """
 
     path: Path
@@ -43,9 +48,18 @@ class RunDirectory:
     is_new: bool
     replaces: bool = False
     settled: bool = False
+    data_hashes: Mapping[str, str] | None = None
 
     @classmethod
-    def open(cls, path: Path, job: Job, *, resume: bool, force: bool) -> RunDirectory:
+    def open(
+        cls,
+        path: Path,
+        job: Job,
+        *,
+        resume: bool,
+        force: bool,
+        data_hashes: Mapping[str, str] | None = None,
+    ) -> RunDirectory:
         """Create the directory, or open an existing one to `resume` its run or to replace it (`force`).
 
         Raises:
@@ -57,7 +71,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path)
             is_new = not (path / "job.toml").is_file()
-            directory = cls(path, lock, job, made, is_new, replaces=force and not is_new)
+            replaces = force and not is_new
+            directory = cls(path, lock, job, made, is_new, replaces, data_hashes=data_hashes)
             if is_new:
                 directory._write_job()
             else:
@@ -90,7 +105,46 @@ class RunDirectory:
             _clear(self.path)
             self._write_job()
         _remove_updates(self.path)
+        if self.data_hashes is not None:
+            self._write_data_hashes(self.data_hashes)
         self.settled = True
+
+    def check_same_data(self) -> None:
+        """Refuse to go on with other data; a run without a record of its data, as older ones, is not checked.
+
+        Raises:
+            ConfigError: the data of some clients has changed; the line names them.
+        """
+        before = self._read_data_hashes()
+        if before is None or self.data_hashes is None or before == self.data_hashes:
+            return
+        names = dict.fromkeys([*before, *self.data_hashes])
+        changed = [name for name in names if before.get(name) != self.data_hashes.get(name)]
+        more = f" and {len(changed) - SHOWN_CLIENTS} more" if len(changed) > SHOWN_CLIENTS else ""
+        raise ConfigError(
+            f"{self.path}: cannot resume with changed data: {', '.join(changed[:SHOWN_CLIENTS])}{more};"
+            " put back what was there, or start it anew with another --out"
+        )
+
+    def _read_data_hashes(self) -> dict[str, str] | None:
+        path = self.path / DATA_HASHES
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text("utf-8"))
+            schema, hashes = record["schema"], dict(record["hashes"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"{path}: damaged: {error}; without it the data is not compared") from None
+        if schema != DATA_SCHEMA:
+            raise ConfigError(f"{path}: schema {schema}, this version of Atoll reads {DATA_SCHEMA}")
+        return hashes
+
+    def _write_data_hashes(self, hashes: Mapping[str, str]) -> None:
+        """Only the owner may read them: that of a single example could be compared with a guess's."""
+        content = json.dumps({"schema": DATA_SCHEMA, "hashes": dict(hashes)}) + "\n"
+        path = self.path / DATA_HASHES
+        if not path.is_file() or path.read_text("utf-8") != content:
+            replace_synced(path, content.encode(), 0o600)
 
     def _write_job(self) -> None:
         try:
@@ -255,6 +309,7 @@ def _clear(path: Path) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
         "metrics.jsonl",
+        DATA_HASHES,
         RESULT_FILE,
         "report.html",
         "ledger.jsonl",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def run_job(
     report: bool = True,
     strategy: Strategy | None = None,
     counts: Sequence[Counts] = (),
+    data_hashes: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Run a job into the directory `out`, and return its result.
 
@@ -64,7 +65,8 @@ def run_job(
     baselines, `on_event` is called with every event. `resume` continues the run in `out`, `force` replaces
     it. `clock` simulates which clients answer in time. Releases under client-level privacy are charged to
     `ledgers`, by default to a ledger of the run's own. `report` writes the HTML page. A `strategy` object is
-    used instead of the one that the job names. `counts` say how much of a simulation's source is used.
+    used instead of the one that the job names. `counts` say how much of a simulation's source is used, and
+    `data_hashes` what each of its clients holds, by name: a run is not resumed with other data.
 
     Raises:
         InputError: the job or the clients' data does not fit; nothing was run.
@@ -73,7 +75,7 @@ def run_job(
     started = time.monotonic()
     with (
         disk_errors_in_words(out),
-        RunDirectory.open(out, job, resume=resume, force=force) as directory,
+        RunDirectory.open(out, job, resume=resume, force=force, data_hashes=data_hashes) as directory,
         PeakMemory() as memory,
     ):
         protection = central_dp_of(job, out, ledgers)

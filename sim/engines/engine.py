@@ -80,6 +80,7 @@ def simulate(
         "report": report,
         "strategy": strategy,
         "counts": population.source_counts,
+        "data_hashes": population.data_hashes,
     }
     if engine == "ray":
         from atoll.sim.engines.ray import simulate_on_ray

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts, those_left
@@ -17,7 +18,7 @@ from atoll.job.attack import POISONS_LABELS
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
 from atoll.protocol.messages import DataInfo
-from atoll.server.roster import ClientRoster
+from atoll.server.roster import MOST_CLIENTS, ClientRoster
 from atoll.server.run.test_set import counts_of_source, hold_out, read_source, unit_keys
 from atoll.sim.attacks.hostile_clients import described, hostile_names
 from atoll.sim.attacks.poisoned_labels import poisoned
@@ -107,6 +108,31 @@ class Population:
         """Always empty, because examples are left out before the rest is partitioned."""
         return ()
 
+    @cached_property
+    def data_hashes(self) -> Mapping[str, str]:
+        """A hash of each client's examples and of the server's test set, by name, whatever their order.
+
+        Clients that draw their examples from one table have that table's hash, and so have very many clients.
+        """
+        words, assignment = _words(self.keys), self.assignment
+        clients = self.job.federation.clients
+        if isinstance(assignment, FixedAssignment) and clients <= MOST_CLIENTS:
+            upto = np.concatenate([_words([bytes(32)]), words[assignment.row_order]]).cumsum(
+                0, dtype=np.uint64
+            )
+            sums = upto[assignment.starts[1:]] - upto[assignment.starts[:-1]]
+            hashes = dict(zip(client_names(clients), map(_in_hex, sums), strict=True))
+        else:
+            hashes = {"all clients": _in_hex(words.sum(0, dtype=np.uint64))}
+        if len(self.test):
+            hashes["the server's test set"] = _in_hex(_words(self.test_keys).sum(0, dtype=np.uint64))
+        return hashes
+
+    @cached_property
+    def test_keys(self) -> list[bytes]:
+        """The hashes of the test set's examples."""
+        return task_named(self.job.task.name).keys(self.test)
+
     def whole(self, learner: Learner) -> Shard:
         """All training examples as one shard, cached; row i of `train` is its row `place[i]`."""
         key = json.dumps(learner.data_info, sort_keys=True)
@@ -124,7 +150,16 @@ class Population:
 
     def test_shard(self, learner: Learner) -> Shard | None:
         """The held-out test examples as a shard; None if the job holds nothing out."""
-        return learner.task.shard(self.test, learner.data_info) if len(self.test) else None
+        return learner.task.shard(self.test, learner.data_info, self.test_keys) if len(self.test) else None
+
+
+def _words(keys: Sequence[bytes]) -> NDArray[np.uint64]:
+    """Examples' hashes as numbers of 64 bits, [n, 4], which are added up modulo 2^64."""
+    return np.frombuffer(b"".join(keys), dtype="<u8").astype(np.uint64, copy=False).reshape(-1, 4)
+
+
+def _in_hex(words: NDArray[np.uint64]) -> str:
+    return words.astype("<u8").tobytes().hex()
 
 
 def client_names(count: int) -> Sequence[str]:

@@ -7,7 +7,7 @@ of letters, then the mean over transcripts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,11 @@ from torch import nn
 
 from atoll.backbones.brought.names import SOUND_AUGMENTATIONS
 from atoll.backbones.ctc_vocabulary import (
+    ENGLISH_LETTERS,
     CtcVocabulary,
     code_points,
     from_code_points,
+    has_letters,
     letters_of,
     normalize_transcript,
 )
@@ -42,6 +44,7 @@ from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.ctc_model import load_recogniser, real_counts
+from atoll.tasks.data_info import InfoField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -51,15 +54,23 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 """The target at padding after a transcript."""
 
+MOST_LETTERS = 20_000
+LETTERS = InfoField(
+    "letters", "example", "task.options.letters", "the letters of the transcripts", "names", MOST_LETTERS
+)
+UNUSED_LETTERS = InfoField("letters", "public", holds="names", at_most=MOST_LETTERS)
+"""The same field if the network brings its own letters: those of the data are then not used."""
+
 
 class SpeechOptions(Section):
     """`task.options` of speech recognition: the longest recording in seconds, and the letters to write.
 
-    `letters` are those of a new output layer, in any order; by default the English ones.
+    `letters` are those of a new output layer, in any order; by default the English ones and all others in the
+    clients' transcripts.
     """
 
     max_seconds: Positive = 20.0
-    letters: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
+    letters: Annotated[str, Field(min_length=1, max_length=MOST_LETTERS)] | None = None
 
 
 def recordings(options: SpeechOptions) -> Schema:
@@ -97,6 +108,17 @@ def read_audio_input(text: str, max_seconds: float) -> bytes:
     return data
 
 
+def _letters_in(transcripts: Iterable[str]) -> set[str]:
+    """All letters of normalised transcripts."""
+    return set().union(*transcripts)
+
+
+def _info_of(letters: Iterable[str]) -> DataInfo:
+    """The data info with these letters; empty if there are none, as in runs by older versions."""
+    found = sorted(letters)
+    return {"letters": found} if found else {}
+
+
 def _transcript(cell: Any, where: str) -> str:
     text = text_cell(cell, where)
     if not normalize_transcript(text):
@@ -108,22 +130,28 @@ def _transcript(cell: Any, where: str) -> str:
 class SpeechRecognition(SchemaTask):
     """Speech recognition; targets are [n, longest]: the code points of each normalised transcript."""
 
-    info_fields = ()
-
     name: str = "speech-recognition"
     summary: str = "what was said; wav2vec2, HuBERT, Whisper's encoder, or a small one, with CTC; WER, CER"
     uses_pooled_features: bool = False
     primary_metric: str = "wer"
     options: SpeechOptions = field(default_factory=SpeechOptions)
     backbone: Backbone | None = None
+    letters_of_data: tuple[str, ...] = ()
+
+    def info_fields_for(self, job: Job) -> Sequence[InfoField]:
+        """The letters of the transcripts, which a network with its own doesn't need."""
+        return (UNUSED_LETTERS if has_letters(job.backbone) else LETTERS,)
 
     def configured(self, job: Job, backbone: Backbone) -> SpeechRecognition:
         return replace(self, options=options_of(job.task.options, SpeechOptions), backbone=backbone)
 
+    def with_data_info(self, data_info: DataInfo) -> SpeechRecognition:
+        return replace(self, letters_of_data=tuple(data_info.get("letters", ())))
+
     @cached_property
     def _letters(self) -> CtcVocabulary:
         assert self.backbone is not None, "the loss is asked of the task that is bound to a job"
-        return letters_of(self.backbone, self.options.letters)
+        return letters_of(self.backbone, self.options.letters, self.letters_of_data)
 
     def check(self, job: Job) -> None:
         recordings(options_of(job.task.options, SpeechOptions)).check(job.data)
@@ -140,20 +168,42 @@ class SpeechRecognition(SchemaTask):
     def notes_on(
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
-        """A line about the letters in transcripts that the backbone's output layer lacks, if any."""
-        letters = letters_of(backbone, options_of(options, SpeechOptions).letters)
+        """A line about letters in transcripts that the output layer lacks, or has only from the data, if any."""
+        given = options_of(options, SpeechOptions).letters
         table = self.read(source, data, options)
         transcripts = [
-            text for part in (table.train, table.test) if part is not None for text in part["transcript"]
+            normalize_transcript(text)
+            for part in (table.train, table.test)
+            if part is not None
+            for text in part["transcript"]
         ]
-        lost = letters.unwritten([normalize_transcript(text) for text in transcripts])
+        known, present = letters_of(backbone, given), _letters_in(transcripts)
+        lost = known.unwritten(transcripts)
+        if lost and letters_of(backbone, given, present) != known:
+            others = "".join(sorted(present - known.numbers.keys()))
+            return (
+                f"letters besides the English ones: {others!r}; learnt where no privacy is promised, else"
+                " task.options.letters has to name them",
+            )
         return (lost,) if lost else ()
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        return {}
+        """The transcripts' letters besides the English ones, sorted; nothing where the job gives letters."""
+        if options_of(options, SpeechOptions).letters is not None:
+            return {}
+        present = _letters_in(normalize_transcript(text) for text in dataset["transcript"])
+        return _info_of(present - ENGLISH_LETTERS.numbers.keys())
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        return {}
+        """The sorted union of the clients' letters.
+
+        Raises:
+            ValueError: what a client calls a letter is more than one.
+        """
+        letters = {letter for info in data_info for letter in info.get("letters", ())}
+        if long := [letter for letter in letters if len(letter) != 1]:
+            raise ValueError(f"letters: expected single ones, found {min(long)[:40]!r}")
+        return _info_of(letters)
 
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
@@ -174,7 +224,8 @@ class SpeechRecognition(SchemaTask):
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         options = options_of(job.task.options, SpeechOptions)
-        return load_recogniser(backbone, job, letters_of(backbone, options.letters), options.max_seconds)
+        letters = letters_of(backbone, options.letters, data_info.get("letters", ()))
+        return load_recogniser(backbone, job, letters, options.max_seconds)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         letters = [self._letters.coded(text) for text in from_code_points(targets)]
