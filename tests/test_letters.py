@@ -22,9 +22,9 @@ from atoll.learning.learner import Learner
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
+from atoll.tasks.data_info import check_info_stated
 from atoll.tasks.info_checks import check_info
 from atoll.tasks.speech.task import SPEECH_RECOGNITION, SpeechRecognition
-from atoll.tasks.data_info import check_info_stated
 from atoll.trained import trained
 from tests.models import small_wav2vec2, small_whisper
 from tests.test_speech import folder_of, job_of

@@ -42,9 +42,9 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job
 from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
+from atoll.tasks.data_info import InfoField
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.ctc_model import load_recogniser, real_counts
-from atoll.tasks.data_info import InfoField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -168,7 +168,7 @@ class SpeechRecognition(SchemaTask):
     def notes_on(
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
-        """A line about letters in transcripts that the output layer lacks, or has only from the data, if any."""
+        """A line about letters that the output layer lacks, or has only from the data, if any."""
         given = options_of(options, SpeechOptions).letters
         table = self.read(source, data, options)
         transcripts = [
