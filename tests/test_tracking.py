@@ -108,12 +108,15 @@ def wandb_records(file: Path) -> list[Any]:
 def test_wandb_has_every_round_the_settings_and_the_result_and_nothing_of_the_machine(
     followed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     for patience in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # a busy machine is no failure
         monkeypatch.setenv(patience, "600")
     shutil.copytree(followed / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert command_line(["track", str(tmp_path / "run"), "--to", "wandb"]) == 0
+    wandb.teardown()  # as at the end of a process: only this waits until the file is written to its end
     (file,) = (tmp_path / "run" / "wandb").rglob("*.wandb")
     records = wandb_records(file)
     lines = [
