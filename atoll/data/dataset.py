@@ -96,9 +96,12 @@ class Dataset:
 
 def _cells(column: pa.ChunkedArray, places: NDArray[np.int64]) -> list[Any]:
     """Cells of a column, by chunk: a column as a whole may be more than Arrow can take at once."""
+    if column.num_chunks == 1:
+        cells: list[Any] = _taken(column.chunk(0), places).to_pylist()
+        return cells
     ends = np.cumsum([len(chunk) for chunk in column.chunks])
     owner = np.searchsorted(ends, places, side="right")
-    cells: list[Any] = [None] * len(places)
+    cells = [None] * len(places)
     for number in np.unique(owner).tolist():
         chunk = column.chunk(number)
         mine = np.flatnonzero(owner == number)
@@ -109,7 +112,7 @@ def _cells(column: pa.ChunkedArray, places: NDArray[np.int64]) -> list[Any]:
 
 
 def _taken(chunk: pa.Array, places: NDArray[np.int64]) -> pa.Array:
-    if (np.diff(places) == 1).all():
-        return chunk.slice(places[0], len(places))
+    if len(places) < 2 or (np.diff(places) == 1).all():
+        return chunk.slice(places[0] if len(places) else 0, len(places))
     # Not pa.array(places), which imports pandas to see whether they are its own.
     return chunk.take(pa.Array.from_buffers(pa.int64(), len(places), [None, pa.py_buffer(places)]))

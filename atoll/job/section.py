@@ -94,8 +94,13 @@ class Section(BaseModel):
 
     def is_given(self, key: str) -> bool:
         """Whether a key has another value than its default; always true of a required key."""
-        field = type(self).model_fields[key]
-        return bool(getattr(self, key) != field.get_default(call_default_factory=True))
+        return bool(getattr(self, key) != _default(type(self), key))
+
+
+@lru_cache(maxsize=2048)
+def _default(table: type[Section], key: str) -> Any:
+    """A key's default, to compare with; of a required key something that equals no value."""
+    return table.model_fields[key].get_default(call_default_factory=True)
 
 
 def check_keys(section: Section) -> None:
@@ -105,10 +110,9 @@ def check_keys(section: Section) -> None:
         KeyConflict: a key violates a rule; one line that names it.
     """
     for table, name in _tables(section):
-        for key, rule in _rules(type(table)):
-            is_of_one_table = "." not in rule.key
-            if is_of_one_table == (table is section) and table.is_given(key):
-                line = rule.broken(f"{name}{key}", table if is_of_one_table else section)
+        for key, rule in _rules(type(table), of_one_table=table is section):
+            if table.is_given(key):
+                line = rule.broken(f"{name}{key}", section)
                 if line is not None:
                     raise KeyConflict(line)
 
@@ -123,13 +127,16 @@ def _tables(section: Section) -> Iterator[tuple[Section, str]]:
 
 
 @lru_cache(maxsize=256)
-def _rules(table: type[Section]) -> tuple[tuple[str, Needs | Excludes], ...]:
-    """(key, rule) for each `Needs` and `Excludes` of a table, in the order of declaration."""
+def _rules(table: type[Section], *, of_one_table: bool) -> tuple[tuple[str, Needs | Excludes], ...]:
+    """(key, rule) for each `Needs` and `Excludes` of a table, in the order of declaration.
+
+    They are those that name a key of the same table, or else those that name one of another table.
+    """
     return tuple(
         (key, rule)
         for key, field in table.model_fields.items()
         for rule in field.metadata
-        if isinstance(rule, Needs | Excludes)
+        if isinstance(rule, Needs | Excludes) and ("." not in rule.key) == of_one_table
     )
 
 
@@ -153,7 +160,7 @@ def needs_of(job: type[Section], path: str) -> tuple[Needs, ...]:
     before = path.removesuffix(key)
     return tuple(
         rule if "." in rule.key else replace(rule, key=f"{before}{rule.key}")
-        for name, rule in _rules(table)
+        for name, rule in _rules(table, of_one_table=True) + _rules(table, of_one_table=False)
         if name == key and isinstance(rule, Needs)
     )
 

@@ -167,9 +167,13 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 def training_mode(module: nn.Module, inherited: bool = True) -> None:
     """Set training mode: dropout is active in trained parts only, and batch-norm statistics never change."""
-    parameters = list(module.parameters())
-    tuned = any(p.requires_grad for p in parameters) if parameters else inherited
-    module.training = tuned and not isinstance(module, BatchNorms)
+    first = next(module.parameters(), None)
+    tuned = inherited if first is None else any(p.requires_grad for p in module.parameters())
+    if not tuned:
+        for part in module.modules():
+            part.training = False
+        return
+    module.training = not isinstance(module, BatchNorms)
     for child in module.children():
         training_mode(child, module.training)
 
