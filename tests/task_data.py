@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 
+from atoll.datasets.synthetic.commands import generated_commands
 from atoll.datasets.synthetic.entities import generated_entities
 from atoll.datasets.synthetic.pairs import generated_pairs
 from atoll.datasets.synthetic.preferences import generated_preferences
 from atoll.datasets.synthetic.questions import generated_choices, generated_questions
+from atoll.datasets.synthetic.reviews import generated_reviews
 from atoll.datasets.synthetic.shapes import generated_shapes
 from atoll.datasets.synthetic.street import generated_street
+from atoll.datasets.synthetic.tables.shop import generated_shop
 from atoll.job.job import Job
 from atoll.tasks import task_named
 from tests.federation.news import news_file
@@ -44,9 +50,21 @@ def ready(job: Job, folder: Path) -> Job:
 
 
 def _once(path: Path, write: Callable[[Path, Job], object], job: Job) -> Path:
+    """The folder, written unless it is there; what was written before for such a job is copied."""
     if not path.exists():
-        write(path, job)
+        key = job.task.model_dump_json(), job.data.model_dump_json()
+        if key not in (known := _written(write)):
+            folder = TemporaryDirectory(prefix="task-data-")
+            write(Path(folder.name, "data"), job)
+            known[key] = folder
+        shutil.copytree(Path(known[key].name, "data"), path)
     return path
+
+
+@cache
+def _written(write: Callable[[Path, Job], object]) -> dict[tuple[str, str], TemporaryDirectory[str]]:
+    """The folders that were written in this way, by the task and the data of their jobs."""
+    return {}
 
 
 def _bert(folder: Path, job: Job) -> None:
@@ -97,12 +115,17 @@ def _opinions(folder: Path, job: Job) -> None:
             out.write(json.dumps({"text": f"{' '.join(said)} {number}"} | target) + "\n")
 
 
+def _purchases(count: int) -> dict[str, pa.Table]:
+    return {"train": generated_shop()["train"].slice(0, count)}
+
+
 WRITTEN: dict[str, Callable[[Path, Job], object]] = {
     "text-classification": _news,
     "text-labels": _opinions,
     "text-regression": _opinions,
     "image-classification": _generated(lambda: generated_street(0, 60)),
     "medical-imaging": lambda folder, job: scans(folder, patients=24, each=2),
+    "image-text": _generated(lambda: generated_reviews(0, 72)),
     "object-detection": _generated(lambda: generated_shapes(0, 20)),
     "segmentation": _generated(lambda: generated_shapes(0, 30)),
     "question-answering": _generated(lambda: generated_questions(0, 100)),
@@ -111,5 +134,7 @@ WRITTEN: dict[str, Callable[[Path, Job], object]] = {
     "language-modeling": _chats,
     "preference": _generated(lambda: generated_preferences(0, 40)),
     "multiple-choice": _generated(lambda: generated_choices(0, 40)),
+    "recommendation": _generated(lambda: _purchases(1200)),
+    "intent": _generated(lambda: generated_commands(0, 240)),
     "speech-recognition": lambda folder, job: folder_of(folder, *SAID),
 }

@@ -78,7 +78,9 @@ def job_of(
     table: dict[str, Any] = {
         "name": "kept",
         "seed": 4,
-        "task": {"name": task, "options": {"max_tokens": 128}} if is_causal else {"name": task},
+        "task": {"name": task, "options": {"max_tokens": 128, "max_new_tokens": 4}}
+        if is_causal
+        else {"name": task},
         "data": {"source": "generated-preferences"},
         "backbone": {"name": str(folders["llama" if is_causal else "bert"])},
         "tune": tune,

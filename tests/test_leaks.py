@@ -85,6 +85,8 @@ def test_each_row_tells_neighbours_apart_by_its_sums_alone(data: TaskData) -> No
                 part = check(runs, number, *choice[place % len(choice)])
         moved.append(part)
         failed += [(number, told) for told in runs.first.sent if str(told).startswith("the run failed")]
+        promised = runs.first.files["result.json"]["privacy"]
+        assert promised["unit"] == job.privacy.unit and promised["epsilon"] > 0
     assert failed == []
     assert sum(part > MOVED for part in moved) > len(moved) / 2, "next to nothing was measured"
 

@@ -246,7 +246,7 @@ def test_one_client_in_one_batch_climbs_to_the_maximum_of_the_partial_likelihood
         task={"name": "survival", "options": {"features": NAMES, **scale}},
         data={"source": "generated-patients", "test_fraction": 0.0, "validation_fraction": 0.0},
         federation={"clients": 1, "rounds": 1},
-        train={"lr": 1.0, "batch_size": 2000, "steps": 150},
+        train={"lr": 1.0, "momentum": 0.5, "batch_size": 2000, "steps": 75},
     )
     simulate(job, tmp_path / "run", on_event=ignore_events, report=False)
     table = generated_patients()["train"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner, sum_states
+from atoll.protocol.tensors import Tensors
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.population.write_shards import write_shards
 from atoll.tasks import TASKS, task_named
+from tests.job_grid import COSTLY
 from tests.task_data import ready
 from tests.task_jobs import DRAWING, TABLES, job_of
 
@@ -54,10 +58,49 @@ def cases(pairs: Iterable[tuple[str, str]], always: Container[tuple[str, str]]) 
     ]
 
 
+Runs = Callable[[str, str], tuple[Job, RunResult]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A pair's job, and its run in one process: several tests compare others with it."""
+
+    @cache
+    def run(task: str, method: str) -> tuple[Job, RunResult]:
+        folder = tmp_path_factory.mktemp(f"{task}-{method}")
+        job = ready(small(task, method), folder)
+        return job, simulate(job, folder / "one", on_event=ignore_events, report=False)
+
+    return run
+
+
 @pytest.fixture
 def job(request: pytest.FixtureRequest, tmp_path: Path) -> Job:
     task, method = request.param
-    return ready(job_of(task, method), tmp_path)
+    return ready(small(task, method), tmp_path)
+
+
+FEW: dict[str, dict[str, Any]] = {
+    "image-text": {
+        "data": {"source": "written"},
+        "train": {"lr": 0.001, "batch_size": 8, "optimizer": "adam"},
+    },
+    "recommendation": {
+        "data": {"source": "written"},
+        "train": {"lr": 0.01, "batch_size": 32, "optimizer": "adam"},
+    },
+    "intent": {
+        "data": {"source": "written"},
+        "train": {"lr": 0.01, "batch_size": 32, "optimizer": "adam"},
+    },
+    "segmentation": {"train": {"lr": 0.0002, "batch_size": 2, "optimizer": "adam", "steps": 2}},
+}
+"""Of whose data a part is enough here, or a few steps; the job as it is: `tests/test_golden.py`."""
+
+
+def small(task: str, method: str, **more: Any) -> Job:
+    """The task's small job, on fewer data or with fewer steps where it takes long."""
+    return job_of(task, method, **(FEW.get(task, {}) | more))
 
 
 def test_every_task_has_a_small_job() -> None:
@@ -71,11 +114,11 @@ def test_the_registry_says_what_the_task_says_of_itself(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "job", cases(WORKING, [p for p in WORKING if p[1] in ("head", "full")]), indirect=True
-)
-def test_each_way_of_tuning_learns_and_has_the_same_bits_in_another_engine(job: Job, tmp_path: Path) -> None:
-    result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
+@pytest.mark.parametrize("pair", cases(WORKING, [p for p in WORKING if p[1] in ("head", "full")]))
+def test_each_way_of_tuning_learns_and_has_the_same_bits_in_another_engine(
+    pair: tuple[str, str], runs: Runs, tmp_path: Path
+) -> None:
+    job, result = runs(*pair)
     other = simulate(job, tmp_path / "two", engine="loop", on_event=ignore_events, report=False)
     assert result.model_sha256 == other.model_sha256
     losses = [line["loss"] for line in result.rounds]
@@ -88,10 +131,12 @@ TWO_WORKERS = (("recommendation", "full"), ("object-detection", "full"), ("text-
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", cases(WORKING, TWO_WORKERS), indirect=True)
+@pytest.mark.parametrize("pair", cases(WORKING, TWO_WORKERS))
 @pytest.mark.processes
-def test_each_way_of_tuning_has_the_same_bits_with_two_workers(job: Job, tmp_path: Path) -> None:
-    result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
+def test_each_way_of_tuning_has_the_same_bits_with_two_workers(
+    pair: tuple[str, str], runs: Runs, tmp_path: Path
+) -> None:
+    job, result = runs(*pair)
     pooled = simulate(job, tmp_path / "pool", workers=2, on_event=ignore_events, report=False)
     assert pooled.model_sha256 == result.model_sha256
 
@@ -100,10 +145,10 @@ FULL = [(task, "full") for task in TABLES]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", cases(FULL, [("forecasting", "full")]), indirect=True)
+@pytest.mark.parametrize("pair", cases(FULL, [("forecasting", "full")]))
 @pytest.mark.processes
-def test_each_task_has_the_same_bits_on_ray(job: Job, tmp_path: Path) -> None:
-    result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
+def test_each_task_has_the_same_bits_on_ray(pair: tuple[str, str], runs: Runs, tmp_path: Path) -> None:
+    job, result = runs(*pair)
     spread = simulate(job, tmp_path / "ray", engine="ray", workers=2, on_event=ignore_events, report=False)
     assert spread.model_sha256 == result.model_sha256
 
@@ -133,6 +178,27 @@ def learner_of(job: Job) -> tuple[Learner, Population]:
     return Learner.of(job, kind, data_info), population
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A task's small job with a head, its clients, what they share, and the tensors that they begin with."""
+
+    job: Job
+    learner: Learner
+    population: Population
+    initial: Tensors
+
+
+@pytest.fixture(scope="module")
+def with_head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    job = ready(small(request.param, "head"), tmp_path_factory.mktemp("head"))
+    learner, population = learner_of(job)
+    return Ready(job, learner, population, learner.initial())
+
+
+def of_tasks(tasks: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("with_head", tasks, indirect=True, scope="module")
+
+
 @pytest.mark.parametrize("job", cases(WORKING, [p for p in WORKING if p[1] == "lora"]), indirect=True)
 def test_the_loss_reaches_everything_that_travels(job: Job) -> None:
     learner, population = learner_of(job)
@@ -148,7 +214,7 @@ def loss_of(learner: Learner, shard: Shard, rows: range) -> torch.Tensor:
 
 @pytest.mark.parametrize("task", TABLES)
 def test_shards_read_back_as_they_were_written(task: str, tmp_path: Path) -> None:
-    job = ready(job_of(task, "head"), tmp_path)
+    job = ready(small(task, "head"), tmp_path)
     names = write_shards(job, tmp_path / "shards")
     population, kind = Population.of(job), task_named(task)
     for name in names:
@@ -163,14 +229,13 @@ COMPARING = [task for task in TABLES if task_named(task).compares_examples]
 ADDING = [task for task in TABLES if task not in COMPARING]
 
 
-@pytest.mark.parametrize("task", ADDING)
-def test_metrics_of_two_clients_add_up_to_those_of_all_data(task: str, tmp_path: Path) -> None:
-    job = ready(job_of(task, "head"), tmp_path)
-    learner, population = learner_of(job)
+@of_tasks(ADDING)
+def test_metrics_of_two_clients_add_up_to_those_of_all_data(with_head: Ready) -> None:
+    job, learner, population = with_head.job, with_head.learner, with_head.population
     shards = [
         learner.task.shard(population.dataset(job, name), learner.data_info) for name in population.names(job)
     ]
-    whole, tensors = population.whole(learner), learner.initial()
+    whole, tensors = population.whole(learner), with_head.initial
     apart = learner.compute(sum_states(learner.evaluate(tensors, shard) for shard in shards))
     together = learner.compute(learner.evaluate(tensors, whole))
     assert apart.keys() == together.keys()
@@ -178,21 +243,21 @@ def test_metrics_of_two_clients_add_up_to_those_of_all_data(task: str, tmp_path:
         assert apart[name] == pytest.approx(value, rel=2e-5), name
 
 
-@pytest.mark.parametrize("task", TABLES)
-def test_an_examples_prediction_depends_on_no_other_example(task: str, tmp_path: Path) -> None:
-    learner, population = learner_of(ready(job_of(task, "head"), tmp_path))
-    shard, tensors = population.whole(learner).select(range(4)), learner.initial()
+@of_tasks(TABLES)
+def test_an_examples_prediction_depends_on_no_other_example(with_head: Ready) -> None:
+    learner, tensors = with_head.learner, with_head.initial
+    shard = with_head.population.whole(learner).select(range(4))
     together = learner.predictions(tensors, [shard.inputs[row] for row in range(4)])
     for row in range(4):
         assert_same(learner.predictions(tensors, [shard.inputs[row]])[0], together[row])
 
 
-@pytest.mark.parametrize("task", ADDING)
-def test_the_measured_loss_is_the_mean_of_what_each_example_costs_alone(task: str, tmp_path: Path) -> None:
-    learner, population = learner_of(ready(job_of(task, "head"), tmp_path))
-    shard = population.whole(learner).select(range(4))
+@of_tasks(ADDING)
+def test_the_measured_loss_is_the_mean_of_what_each_example_costs_alone(with_head: Ready) -> None:
+    learner = with_head.learner
+    shard = with_head.population.whole(learner).select(range(4))
     # To a model that is as at the start all preferences cost the same.
-    tensors = {name: 1.1 * tensor for name, tensor in learner.initial().items()}
+    tensors = {name: 1.1 * tensor for name, tensor in with_head.initial.items()}
     together, *alone = (
         learner.compute(learner.evaluate(tensors, shard.select(rows)))["loss"]
         for rows in ([0, 1, 2, 3], [0], [1], [2], [3])
@@ -202,9 +267,10 @@ def test_the_measured_loss_is_the_mean_of_what_each_example_costs_alone(task: st
     assert together == pytest.approx(np.average(alone, weights=counts), rel=2e-5)
 
 
-def test_the_loss_of_items_that_nobody_knows_is_undefined(tmp_path: Path) -> None:
-    learner, population = learner_of(ready(job_of("recommendation", "head"), tmp_path))
-    shard, tensors = population.whole(learner).select(range(4)), learner.initial()
+@of_tasks(["recommendation"])
+def test_the_loss_of_items_that_nobody_knows_is_undefined(with_head: Ready) -> None:
+    learner, tensors = with_head.learner, with_head.initial
+    shard = with_head.population.whole(learner).select(range(4))
     unknown = shard.table.clone()
     unknown[:, -1] = -1
     known_loss = learner.compute(learner.evaluate(tensors, shard.select([0])))["loss"]
@@ -253,8 +319,7 @@ def test_each_example_has_its_own_gradient_as_if_it_were_alone(task: str, tmp_pa
             assert float((of_row - expected).norm()) <= 1e-5 + 1e-4 * float(expected.norm()), name
 
 
-SOON = ("forecasting", "recommendation", "question-answering")
-"""Whose whole networks take little time under example-level privacy."""
+ONE_ROUND = {"clients": 2, "rounds": 1}
 
 
 @pytest.mark.slow
@@ -262,13 +327,14 @@ SOON = ("forecasting", "recommendation", "question-answering")
     "pair",
     cases(
         [pair for pair in WORKING if pair[0] in BY_EXAMPLE],
-        [(task, "full" if task in SOON else "head") for task in BY_EXAMPLE],
+        [(task, "head") for task in BY_EXAMPLE if task in COSTLY],
     ),
 )
 def test_each_task_trains_under_example_level_privacy(pair: tuple[str, str], tmp_path: Path) -> None:
+    """The others: `tests/test_leaks.py`."""
     task, method = pair
     train = {"lr": 0.01, "optimizer": "sgd"}
-    job = ready(job_of(task, method, privacy=PRIVATE, train=train), tmp_path)
+    job = ready(job_of(task, method, privacy=PRIVATE, train=train, federation=ONE_ROUND), tmp_path)
     result = simulate(job, tmp_path / "out", on_event=ignore_events, report=False)
     assert result.privacy["unit"] == "example" and result.privacy["epsilon"] > 0
 

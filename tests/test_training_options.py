@@ -265,13 +265,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulate": {"accumulate": 2},
     "all": {"precision": "bf16", "accumulate": 4, "checkpoint_activations": True},
 }
+TWO_STEPS = {"steps": 2}
+"""In each round."""
 
 
 @pytest.mark.parametrize(
     "name", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS if n != "all")]
 )
 def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
-    job = texts(tmp_path, OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
+    job = texts(tmp_path, TWO_STEPS | OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
     results = [
         simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
@@ -284,7 +286,7 @@ def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["fp16", "all"])
 @pytest.mark.processes
 def test_two_workers_give_the_same_bits(tmp_path: Path, name: str) -> None:
-    job = texts(tmp_path, OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
+    job = texts(tmp_path, TWO_STEPS | OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
     results = [
         simulate(job, tmp_path / str(n), workers=n, on_event=ignore_events, report=False) for n in (1, 2)
     ]
@@ -292,7 +294,7 @@ def test_two_workers_give_the_same_bits(tmp_path: Path, name: str) -> None:
 
 
 def test_recomputing_changes_no_bit_of_a_run(tmp_path: Path) -> None:
-    job = texts(tmp_path, {}, federation={"clients": 3, "rounds": 2})
+    job = texts(tmp_path, TWO_STEPS, federation={"clients": 3, "rounds": 2})
     found = [
         simulate(
             changed(job, checkpoint_activations=again),
@@ -309,7 +311,7 @@ def test_a_clients_promise_is_what_it_is_without(tmp_path: Path) -> None:
     """The clip comes behind training, whatever training is: claims and ledgers are the same."""
     noise = {"noise_multiplier": 1.0, "delta": 1e-2, "clipping_norm": 0.1, "seeded_noise": True}
     job = texts(
-        tmp_path, {}, privacy={"unit": "client"} | noise, federation={"clients": 3, "rounds": 2},
+        tmp_path, TWO_STEPS, privacy={"unit": "client"} | noise, federation={"clients": 3, "rounds": 2},
         data={"source": str(tmp_path / "texts.csv"), "classes": ("a", "b")},
     )  # fmt: skip
     plain, saving = (
