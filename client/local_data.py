@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +91,29 @@ def _counts(table: Table) -> tuple[Counts, ...]:
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    """(name, size, modification time) of each file, to detect changes."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    """(name, size, modification time) of each file, to detect changes.
+
+    Every request asks for it several times, and a folder may hold thousands of files: each is looked at once.
+    """
+    if path.is_file():
+        status = path.stat()
+        return [(str(path), status.st_size, status.st_mtime_ns)]
+    found = ((file.path, file.stat()) for file in _files_in(path))
+    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in found)
+
+
+def _files_in(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """The files below a folder, without those behind links to folders.
+
+    There are none in a folder that is missing or closed to the site; whoever reads the data says so.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            inside = list(entries)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    for entry in inside:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_in(entry.path)
+        elif Path(entry).is_file() if entry.is_symlink() else entry.is_file():
+            yield entry  # a link that leads round in a circle is no file to a path, and an error to an entry
