@@ -12,7 +12,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -193,7 +193,7 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more
         "compiler": compiler() if section.compile else None,
         "batch": BATCH,
         "threads": threads,
-        "versions": [version(package) for package in ("torch", "torchvision", "transformers")],
+        "versions": _versions(),
         "processor": processor("cpu"),
     }
     return hashlib.sha256(json.dumps(parts | more, sort_keys=True).encode()).hexdigest()
@@ -218,3 +218,8 @@ def _preparation_print(backbone: Backbone) -> str:
 def _told_from(progress: Progress, start: int, total: int, done: int, part: int) -> None:
     """Report the progress of a part as progress of the whole."""
     progress(start + done, total)
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    return tuple(version(package) for package in ("torch", "torchvision", "transformers"))

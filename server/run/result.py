@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -165,7 +166,6 @@ def _client(run: Run, measurement: Measurement) -> MetricValues:
 
 def machine(threads: int, device: str) -> dict[str, Any]:
     """All on which a run's bits depend besides the job: processor, libraries, threads and device."""
-    packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
     return {
         "processor": platform.machine(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -173,5 +173,12 @@ def machine(threads: int, device: str) -> dict[str, Any]:
         "threads": threads,
         "device": " ".join(processor(device)),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": dict(_versions()),
     }
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    """The packages on which bits depend, with their versions, each read from its files once a process."""
+    packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
+    return tuple((name, version(name)) for name in packages)

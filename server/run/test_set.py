@@ -84,10 +84,15 @@ def counts_of_source(table: Table, job: Job, train: int, test: int) -> tuple[Cou
     return (*(table.counts or (whole,)), *((Counts("test examples", apart, 0, unused),) if apart else ()))
 
 
-def unit_keys(task: Task, dataset: Dataset) -> list[bytes]:
-    """For each row a hash of what must not be split: its example's content, or its group."""
+def unit_keys(task: Task, dataset: Dataset, keys: list[bytes] | None = None) -> list[bytes]:
+    """For each row a hash of what must not be split: its example's content, or its group.
+
+    `keys` are the examples' own, where they are known already.
+    """
     groups = task.groups(dataset)
-    return task.keys(dataset) if groups is None else [hashlib.sha256(g.encode()).digest() for g in groups]
+    if groups is None:
+        return task.keys(dataset) if keys is None else keys
+    return [hashlib.sha256(g.encode()).digest() for g in groups]
 
 
 def server_test_set(job: Job) -> TestSet:

@@ -58,7 +58,8 @@ class Population:
         task = task_named(job.task.name)
         whole, train = len(train), fitting_rows(job, task, train)
         left_out = {"that don't fit the job": whole - len(train)}
-        keys, units = task.keys(train), unit_keys(task, train)
+        keys = task.keys(train)
+        units = unit_keys(task, train, keys)
         assignment = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
         if isinstance(assignment, FixedAssignment) and len(held := assignment.held()) < len(keys):
             left_out["dealt to no client"] = len(keys) - len(held)
