@@ -64,7 +64,15 @@ def test_a_run_learns_and_leaves_the_run_directory_of_the_contract(tmp_path: Pat
         report=True,
     )
     names = {p.name for p in (tmp_path / "r").iterdir()} - {".lock"}
-    assert names == {"job.toml", "metrics.jsonl", "result.json", "report.html", "model", "checkpoints"}
+    assert names == {
+        "job.toml",
+        "metrics.jsonl",
+        "result.json",
+        "report.html",
+        "model",
+        "checkpoints",
+        "data_hashes.json",
+    }
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.rounds
     assert len(lines) == 10
