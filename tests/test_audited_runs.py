@@ -142,7 +142,7 @@ def test_a_server_that_adapts_its_steps_and_its_clipping_norm_hides_nothing() ->
         {"unit": "client", "clipping": "adaptive", **EPSILON_8}, strategy={"name": "fedadam"},
         federation=ONCE | {"rounds": 6}, data=EVERYBODY,
     )  # fmt: skip
-    found = attacked(setting, Audit(usual=10_000))
+    found = attacked(setting, Audit(usual=4000))
     assert 0.6 * found["claimed_epsilon"] < found["gaussian_sums"]["epsilon"] < found["claimed_epsilon"]
 
 

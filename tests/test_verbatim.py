@@ -12,7 +12,6 @@ import torch
 from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning.learner import Learner
 from atoll.server.events import ignore_events
 from atoll.sim.audit.verbatim import GIVEN, WRITTEN, completed_verbatim, first_stretch
 from atoll.sim.engines.engine import simulate
