@@ -1,4 +1,4 @@
-"""Some hundred new federations under faults each time, a few known ones, and three bugs that they must find.
+"""Forty new federations under faults each time, a few known ones, and three bugs that they must find.
 
 `python -m tests.fault_simulation --from SEED --seeds 1` plays the seed that a failure names, `--shrink SEED`
 says which of its faults are needed.
@@ -19,8 +19,8 @@ from tests.fault_simulation.planted import PLANTED, seeds_until_found
 from tests.fault_simulation.play import play
 from tests.fault_simulation.shrink import shrunk
 
-NEW_SEEDS = 120
-"""About twenty seconds of one core; `make simulate-faults` plays as many as there is time for."""
+NEW_SEEDS = 40
+"""`.ci/run` plays 500 more, and `make simulate-faults` as many as there is time for."""
 
 
 @pytest.fixture(scope="module", autouse=True)
