@@ -15,6 +15,7 @@ from atoll.job.job import BackboneSection, Job
 from atoll.learning.learner import Learner
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from tests.small import few_pictures
 from tests.test_small_pictures import job_of, learner_of
 
 BODY = {"body": "torchvision:mobilenet_v2", "width": 16}
@@ -104,7 +105,7 @@ def test_a_classifier_that_goes_on_from_a_run_keeps_its_statistics(tmp_path: Pat
             "name": "digits",
             "seed": 5,
             "task": {"name": "image-classification"},
-            "data": {"source": "digits", "test_fraction": 0.9},
+            "data": few_pictures(),
             "backbone": backbone,
             "tune": {"method": "full"},
             "train": {"lr": 0.001},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -41,12 +43,18 @@ PRIVATE = {
 }  # fmt: skip
 
 
+@cache
+def llama() -> TemporaryDirectory[str]:
+    """A network that no test changes; its folder goes when the tests are over."""
+    folder = TemporaryDirectory(prefix="llama-")
+    small_llama(Path(folder.name), tied=False)
+    return folder
+
+
 def job_of(folder: Path, **tables: Any) -> Job:
     """Two clients with six short texts each, two rounds, and a model that learns fast."""
     rows = [{"text": f"we have {n} boats at sea", "who": "ab"[n % 2]} for n in range(12)]
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    if not (folder / "llama").exists():
-        small_llama(folder / "llama", tied=False)
     table: dict[str, Any] = {
         "name": "boxes",
         "seed": 5,
@@ -57,7 +65,7 @@ def job_of(folder: Path, **tables: Any) -> Job:
             "validation_fraction": 0,
             "test_fraction": 0,
         },
-        "backbone": {"name": str(folder / "llama"), "weights": "random"},
+        "backbone": {"name": llama().name, "weights": "random"},
         "tune": {"method": "full"},
         "train": {"lr": 0.02, "batch_size": 8, "optimizer": "adam", "epochs": 6},
         "federation": {"clients": 2, "rounds": 2},

@@ -383,20 +383,22 @@ def test_training_makes_the_right_choices_likelier(folders: dict[str, Path]) -> 
     assert found["accuracy"] == found["accuracy_generated"] == 1 and found["unparsable_rate"] == 0
 
 
+def of_few(job: Job, folder: Path) -> Job:
+    """The job on 27 of the questions, written to a folder."""
+    rows = MULTIPLE_CHOICE.schema.adopted({"train": generated_choices(0, 30)["train"]}).train
+    MULTIPLE_CHOICE.write(rows, folder, job.data)
+    return job.model_copy(update={"data": job.data.model_copy(update={"source": str(folder)})})
+
+
 @pytest.mark.slow
 def test_a_run_with_kept_states_has_the_same_bits_with_a_cold_cache_a_warm_one_and_in_another_engine(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "cache"))
-    rows = MULTIPLE_CHOICE.schema.adopted({"train": generated_choices(0, 30)["train"]}).train
-    job = job_of(folders["llama"], LORA | {"layers": 1}, max_tokens=200, max_new_tokens=2)
-    MULTIPLE_CHOICE.write(rows, tmp_path / "data", job.data)
-    job = job.model_copy(
-        update={
-            "data": job.data.model_copy(update={"source": str(tmp_path / "data")}),
-            "train": job.train.model_copy(update={"cached_states": "fp32"}),
-        }
+    job = of_few(
+        job_of(folders["llama"], LORA | {"layers": 1}, max_tokens=200, max_new_tokens=2), tmp_path / "data"
     )
+    job = job.model_copy(update={"train": job.train.model_copy(update={"cached_states": "fp32"})})
     results = [
         simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False)
         for name, engine in (("cold", "inline"), ("warm", "inline"), ("loop", "loop"))
@@ -415,7 +417,7 @@ def test_a_run_with_kept_states_has_the_same_bits_with_a_cold_cache_a_warm_one_a
 def test_a_run_predicts_on_the_command_line(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = job_of(folders["llama"], max_new_tokens=2)
+    job = of_few(job_of(folders["llama"], max_new_tokens=2), tmp_path / "data")
     simulate(job, tmp_path / "run", on_event=ignore_events, report=False)
     capsys.readouterr()
     asked = json.dumps({"question": "Which of these is a fruit?", "choices": ["plum", "horse"]})

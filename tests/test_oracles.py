@@ -31,6 +31,7 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
             "backbone": {"name": "torchvision:mobilenet_v2", "image_size": 64},
             "train": {"epochs": 5, "batch_size": 32, "optimizer": "adam", "lr": 0.003},
             "federation": {"clients": 10, "rounds": 50},
+            "evaluate": {"every": 50},
         },
         origin="test",
     )

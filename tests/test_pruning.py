@@ -166,15 +166,24 @@ def test_networks_without_support_are_refused(tmp_path: Path) -> None:
         sha(texts(tmp_path), tmp_path / "b", engine="cohort")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a backbone that isn't pruned."""
+    folder = tmp_path_factory.mktemp("whole")
+    plain = ready(job_of("text-classification", "full", **CLASSES), folder)
+    simulate(plain, folder / "run", on_event=ignore_events, report=False)
+    return folder / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "onnx", "huggingface", "torchao-int8"])
 @pytest.mark.parametrize("kind", ["magnitude", "structured"])
-def test_exports_are_pruned_and_say_what_the_network_says(form: str, kind: str, tmp_path: Path) -> None:
-    plain = ready(job_of("text-classification", "full", **CLASSES), tmp_path)
-    simulate(plain, tmp_path / "run", on_event=ignore_events, report=False)
-    line = ["export", str(tmp_path / "run"), "--format", form, "--prune", "0.5", "--prune-kind", kind]
-    assert run([*line, "--max-drop", "1"]) == 0
-    folder = tmp_path / "run" / "exports" / form
+def test_exports_are_pruned_and_say_what_the_network_says(
+    form: str, kind: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    line = ["export", str(whole), "--format", form, "--prune", "0.5", "--prune-kind", kind]
+    assert run([*line, "--max-drop", "1", "--out", str(folder)]) == 0
     told = json.loads((folder / "export.json").read_text())
     assert told["pruned"] == {"part": 0.5, "kind": kind}
     assert 0 <= told["after"]["metrics"]["accuracy"] <= 1

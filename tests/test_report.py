@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,23 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
         pytest.skip("no chromium on this machine")
     with Chromium(path, tmp_path_factory.mktemp("profile")) as opened:
         yield opened
+
+
+Change = Callable[[Result], None]
+
+
+@pytest.fixture(scope="module")
+def reported(run: tuple[Path, Result], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Change], Path]:
+    """The folder with the report of a changed result, which is written once for all tests that look at it."""
+
+    @cache
+    def reported(change: Change) -> Path:
+        result, folder = copy.deepcopy(run[1]), tmp_path_factory.mktemp("report")
+        change(result)
+        write_report(folder, RunResult(**result))
+        return folder
+
+    return reported
 
 
 def no_baselines(result: Result) -> None:
@@ -237,12 +255,8 @@ def test_threads_do_not_disturb_each_other(run: tuple[Path, Result]) -> None:
 
 
 @pytest.mark.parametrize("change", CASES, ids=lambda change: change.__name__)
-def test_every_kind_of_run_has_a_sound_page(
-    result: Result, tmp_path: Path, change: Callable[..., None]
-) -> None:
-    change(result)
-    write_report(tmp_path, RunResult(**result))
-    outline((tmp_path / "report.html").read_text("utf-8"))
+def test_every_kind_of_run_has_a_sound_page(reported: Callable[[Change], Path], change: Change) -> None:
+    outline((reported(change) / "report.html").read_text("utf-8"))
 
 
 def test_names_from_outside_stay_text(result: Result, tmp_path: Path) -> None:
@@ -383,11 +397,10 @@ def test_a_loss_closes_its_gap_downwards() -> None:
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("change", [lambda result: None, *CASES], ids=lambda change: change.__name__)
 def test_a_browser_shows_all_of_it(
-    chromium: Chromium, result: Result, tmp_path: Path, change: Callable[..., None], width: int
+    chromium: Chromium, reported: Callable[[Change], Path], change: Change, width: int
 ) -> None:
-    change(result)
-    write_report(tmp_path, RunResult(**result))
-    chromium.open(tmp_path / "report.html", width=width)
+    path = reported(change) / "report.html"
+    chromium.open(path, width=width)
     text = chromium.value("document.body.innerText")
     assert all(heading in text for heading in SECTIONS)
     assert chromium.value("document.documentElement.scrollWidth") <= width
@@ -407,7 +420,7 @@ def test_a_browser_shows_all_of_it(
         for e in chromium.events
         if e.get("method") == "Network.requestWillBeSent"
     ]
-    assert [url for url in asked if not url.startswith("data:")] == [(tmp_path / "report.html").as_uri()]
+    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -83,11 +83,16 @@ def exponential(exponent: Fraction, bits: int) -> tuple[int, int]:
     """
     if exponent < 0:
         raise ValueError(f"exponent must be >= 0, got {exponent}")
-    if exponent == 0:
+    return _exponential(exponent.numerator, exponent.denominator, bits)
+
+
+def _exponential(numerator: int, denominator: int, bits: int) -> tuple[int, int]:
+    """As `exponential`, of a ratio in any terms: a table's hundreds of exponents need no common divisors."""
+    if numerator == 0:
         return 1 << bits, 1 << bits
-    halvings = max(0, int(exponent).bit_length() + 5)
+    halvings = max(0, (numerator // denominator).bit_length() + 5)
     point = bits + halvings + 8
-    r = (exponent.numerator << point) // (exponent.denominator << halvings)
+    r = (numerator << point) // (denominator << halvings)
     below = above = term_below = term_above = 1 << point
     order = 1
     while term_above > 1:
@@ -150,7 +155,8 @@ def proposal_for(variance: Fraction) -> Proposal:
     width_bits = max(0, (int(variance).bit_length() - 1) // 2 - CELL_BITS)
     cells = -(-9 * deviation // 2 >> width_bits)
     beyond = cells << width_bits
-    bounds = [exponential(Fraction((c << width_bits) ** 2) / (2 * variance), TABLE) for c in range(cells + 1)]
+    over, under = variance.denominator, 2 * variance.numerator
+    bounds = [_exponential((c << width_bits) ** 2 * over, under, TABLE) for c in range(cells + 1)]
     # f falls by more than half where beyond * block / variance >= 0.7 > ln 2.
     block_bits = 0
     while 10 * (beyond << block_bits) < 7 * variance:

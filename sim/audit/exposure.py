@@ -182,7 +182,7 @@ def told_in(learner: Learner, rows: Sequence[dict[str, Any]]) -> Shard:
             " expected more, or --planted 0"
         )
     keys = [b"%08d" % n + hashlib.sha256(b"planted %d" % n).digest()[8:] for n in range(len(rows))]
-    return task.shard(dataset, learner.data_info, keys)
+    return task.shard_of(tokens, keys)
 
 
 def _trained(

@@ -74,9 +74,9 @@ def _scene(rng: np.random.Generator) -> Scene:
         name = SHAPES[rng.integers(len(SHAPES))]
         size = rng.uniform(14, 40)
         x, y = rng.uniform(size / 2 + 1, SIDE - size / 2 - 1, 2)
-        region = _FIGURES[name](x, y, size, size)
         colour = _colour_against(ground, rng)
         if len(regions) < wanted and not (taken & rectangle(x, y, size + 4, size + 4)).any():
+            region = _FIGURES[name](x, y, size, size)
             pixels[region] = colour
             taken |= region
             regions.append(region)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -27,7 +30,7 @@ MASK_CLASSES = ("background", "road", *OBJECTS)
 _HORIZON = 34
 _TRIES = 30
 
-Part = tuple[Region, tuple[float, float, float]]
+Part = tuple[Callable[[], Region], tuple[float, float, float]]
 Mask = NDArray[np.uint8]
 
 
@@ -66,9 +69,12 @@ def _scene(weather: str, rng: np.random.Generator) -> tuple[Pixels, list[tuple[s
     for _ in range(_TRIES):
         name = OBJECTS[rng.integers(len(OBJECTS))]
         parts = _OBJECTS[name](rng)
-        region = np.logical_or.reduce([part for part, _ in parts])
-        if len(regions) < wanted and not (taken & region).any():
-            for part, colour in parts:
+        if len(regions) == wanted:
+            continue  # what is drawn later depends on how many numbers were drawn here
+        covered = [figure() for figure, _ in parts]
+        region = np.logical_or.reduce(covered)
+        if not (taken & region).any():
+            for part, (_, colour) in zip(covered, parts, strict=True):
                 pixels[part] = colour
             x1, y1, x2, y2 = box_of(region)
             taken |= rectangle((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1 + 4, y2 - y1 + 4)
@@ -100,12 +106,13 @@ def _car(rng: np.random.Generator) -> list[Part]:
     x, y = rng.uniform(width / 2 + 1, SIDE - width / 2 - 1), rng.uniform(48, SIDE - height / 2 - 2)
     red, green, blue = rng.uniform(20, 235, 3)
     wheels = [
-        ellipse(x + side * width * 0.3, y + height * 0.36, width * 0.22, width * 0.22) for side in (-1, 1)
+        partial(ellipse, x + side * width * 0.3, y + height * 0.36, width * 0.22, width * 0.22)
+        for side in (-1, 1)
     ]
     return [
-        (rectangle(x, y + height * 0.1, width, height * 0.5), (red, green, blue)),
-        (rectangle(x, y - height * 0.3, width * 0.6, height * 0.4), (red, green, blue)),
-        (rectangle(x, y - height * 0.28, width * 0.48, height * 0.26), (190, 220, 235)),
+        (partial(rectangle, x, y + height * 0.1, width, height * 0.5), (red, green, blue)),
+        (partial(rectangle, x, y - height * 0.3, width * 0.6, height * 0.4), (red, green, blue)),
+        (partial(rectangle, x, y - height * 0.28, width * 0.48, height * 0.26), (190, 220, 235)),
         *((wheel, (15.0, 15.0, 15.0)) for wheel in wheels),
     ]
 
@@ -116,15 +123,15 @@ def _pedestrian(rng: np.random.Generator) -> list[Part]:
     red, green, blue = rng.uniform(20, 235, 3)
     legs = [
         (
-            rectangle(x + side * height * 0.08, y + height * 0.33, height * 0.1, height * 0.32),
+            partial(rectangle, x + side * height * 0.08, y + height * 0.33, height * 0.1, height * 0.32),
             (30.0, 30.0, 60.0),
         )
         for side in (-1, 1)
     ]
     return [
         *legs,
-        (rectangle(x, y - height * 0.03, height * 0.3, height * 0.42), (red, green, blue)),
-        (ellipse(x, y - height * 0.36, height * 0.24, height * 0.24), (225, 180, 150)),
+        (partial(rectangle, x, y - height * 0.03, height * 0.3, height * 0.42), (red, green, blue)),
+        (partial(ellipse, x, y - height * 0.36, height * 0.24, height * 0.24), (225, 180, 150)),
     ]
 
 
@@ -132,9 +139,9 @@ def _sign(rng: np.random.Generator) -> list[Part]:
     size = rng.uniform(11, 18)
     x, y = rng.uniform(size, SIDE - size), rng.uniform(20, 50)
     return [
-        (rectangle(x, y + size * 1.1, 2.5, size * 1.4), (120, 120, 125)),
-        (ellipse(x, y, size, size), (215, 25, 30)),
-        (ellipse(x, y, size * 0.62, size * 0.62), (245, 245, 245)),
+        (partial(rectangle, x, y + size * 1.1, 2.5, size * 1.4), (120, 120, 125)),
+        (partial(ellipse, x, y, size, size), (215, 25, 30)),
+        (partial(ellipse, x, y, size * 0.62, size * 0.62), (245, 245, 245)),
     ]
 
 

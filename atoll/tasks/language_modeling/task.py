@@ -164,8 +164,11 @@ class LanguageModeling(SchemaTask):
 
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
+        return self.shard_of(self.tokens(dataset), keys)
+
+    def shard_of(self, examples: Sequence[Tokens], keys: Sequence[bytes]) -> Shard:
+        """A shard of texts that are tokens already, each with its key, in the keys' canonical order."""
         order = canonical_order(keys)
-        examples = self.tokens(dataset)
         inputs = tuple(prepared(examples[place]) for place in order)
         targets = self.targets([examples[place] for place in order])
         return Shard(inputs, targets, tuple(keys[place] for place in order))
