@@ -327,7 +327,8 @@ ONE_ROUND = {"clients": 2, "rounds": 1}
     "pair",
     cases(
         [pair for pair in WORKING if pair[0] in BY_EXAMPLE],
-        [(task, "head") for task in BY_EXAMPLE if task in COSTLY],
+        [(task, "head") for task in BY_EXAMPLE if task in COSTLY]
+        + [("question-answering", "full"), ("forecasting", "full")],
     ),
 )
 def test_each_task_trains_under_example_level_privacy(pair: tuple[str, str], tmp_path: Path) -> None:
