@@ -115,10 +115,12 @@ def test_a_run_goes_on_from_the_encoder_of_another(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     folder, run = small_whisper(tmp_path / "m"), tmp_path / "run" / "model"
-    start = learner_on(folder, {"method": "full"}, weights="random").initial()
+    first = learner_on(folder, {"method": "full"}, weights="random")
+    start = first.initial()
     run.mkdir(parents=True)
     save_file(start, run / "model.safetensors")
-    (run / "model.json").write_text("{}")
+    about = {"job": first.job.model_dump(mode="json"), "facts": first.data_info}
+    (run / "model.json").write_text(json.dumps(about))
     again = learner_on(folder, {"method": "full"}, weights=str(tmp_path / "run")).initial()
     assert all(torch.equal(t, start[name]) for name, t in again.items() if name.startswith("backbone."))
     others = learner_on(folder, {"method": "full"}).initial()
