@@ -168,10 +168,9 @@ def needs_of(job: type[Section], path: str) -> tuple[Needs, ...]:
 def default_of(job: type[Section], path: str) -> Any:
     """The default value of a job's key; None if the key is required or unknown."""
     table, key = _table_of(job, path)
-    field = None if table is None else table.model_fields.get(key)
-    if field is None or field.is_required():
+    if table is None or key not in table.model_fields or table.model_fields[key].is_required():
         return None
-    return field.get_default(call_default_factory=True)
+    return _default(table, key)
 
 
 @lru_cache(maxsize=1024)

@@ -12,8 +12,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from importlib.metadata import version
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from atoll.learning.feature_cache import FeatureCache
 from atoll.learning.prefix.state_cache import PIECE, StateCache
 from atoll.protocol.random_streams import stream
 from atoll.system.cache import cache_root
+from atoll.system.installed import version_of
 
 FORMAT = 2
 """The version of the files that hold features."""
@@ -193,7 +193,7 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more
         "compiler": compiler() if section.compile else None,
         "batch": BATCH,
         "threads": threads,
-        "versions": _versions(),
+        "versions": [version_of(package) for package in ("torch", "torchvision", "transformers")],
         "processor": processor("cpu"),
     }
     return hashlib.sha256(json.dumps(parts | more, sort_keys=True).encode()).hexdigest()
@@ -218,8 +218,3 @@ def _preparation_print(backbone: Backbone) -> str:
 def _told_from(progress: Progress, start: int, total: int, done: int, part: int) -> None:
     """Report the progress of a part as progress of the whole."""
     progress(start + done, total)
-
-
-@cache
-def _versions() -> tuple[str, ...]:
-    return tuple(version(package) for package in ("torch", "torchvision", "transformers"))

@@ -1,4 +1,4 @@
-"""Where an installed package's source lies, for those who need not wait until the package is imported."""
+"""What is known of an installed package before it is imported: whether it is there, where, which version."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ def is_installed(package: str) -> bool:
     """Whether a package can be imported; a folder that only has its name is none."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+@cache
+def version_of(package: str) -> str:
+    """An installed package's version, read from its files once a process.
+
+    Raises:
+        PackageNotFoundError: it isn't installed.
+    """
+    from importlib.metadata import version  # email's parser comes with it: not where nobody asks
+
+    return version(package)
 
 
 @cache

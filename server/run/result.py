@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from atoll.server.run.personalization_metrics import (
     with_adapted,
 )
 from atoll.server.run.privacy_report import privacy_report
+from atoll.system.installed import version_of
 from atoll.system.memory import PeakMemory
 from atoll.tasks.metric_values import MetricValues
 
@@ -166,6 +165,7 @@ def _client(run: Run, measurement: Measurement) -> MetricValues:
 
 def machine(threads: int, device: str) -> dict[str, Any]:
     """All on which a run's bits depend besides the job: processor, libraries, threads and device."""
+    packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
     return {
         "processor": platform.machine(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -173,12 +173,5 @@ def machine(threads: int, device: str) -> dict[str, Any]:
         "threads": threads,
         "device": " ".join(processor(device)),
         "python": platform.python_version(),
-        "versions": dict(_versions()),
+        "versions": {name: version_of(name) for name in packages},
     }
-
-
-@cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    """The packages on which bits depend, with their versions, each read from its files once a process."""
-    packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
-    return tuple((name, version(name)) for name in packages)
