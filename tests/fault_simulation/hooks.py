@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from hashlib import sha256
-from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
 
@@ -32,7 +31,6 @@ import atoll.server.rounds.loop as loop
 import atoll.server.rounds.secure_aggregation as secure_aggregation
 import atoll.server.rounds.start as start
 import atoll.server.run.checkpoint as checkpoint
-import atoll.server.run.result as result
 import atoll.server.run.run_job as run_job
 import atoll.system.chained_log as chained_log
 import atoll.system.durable_files as durable_files
@@ -386,7 +384,6 @@ def simulated() -> Iterator[None]:
         stack.enter_context(patch.object(signed_replies, "secrets", Nonces))
         stack.enter_context(patch.object(chained_log, "FileLock", UncontestedLock))
         stack.enter_context(patch.object(start, "Learner", Learners))
-        stack.enter_context(patch.object(result, "version", cache(version)))
         stack.enter_context(patch.object(sys, "unraisablehook", _silence_of_the_dead(sys.unraisablehook)))
         for owner, name, make in EARS:
             stack.enter_context(observing(owner, name, make))
