@@ -169,7 +169,7 @@ def test_the_private_update_is_that_of_recordings_taken_one_by_one(load: Callabl
         torch.cat([one.flatten().double() for one in tensors]).norm()
         for tensors in ([ours[name] - delta for name, delta in expected.items()], expected.values())
     )
-    assert 0 < float(of) and float(off) < 1e-3 * float(of)
+    assert float(of) > 0 and float(off) < 1e-3 * float(of)
 
 
 def test_every_recording_has_its_own_draws_under_example_level_privacy(load: Callable[[str], None]) -> None:

@@ -76,8 +76,8 @@ class SoundBackbone(_Backbone):
         `samples` is float32 [n], one channel at 16 kHz between -1 and 1, and no longer than `max_seconds`
         (`task.options.max_seconds`). Names, shapes and dtypes must be the same for every recording.
 
-        By default it returns the logarithms of energies [frames, 40] in 40 mel bands, of windows of 25 ms every
-        10 ms, with mean 0 and deviation 1 over the recording, and zeros behind what is shorter than
+        By default it returns the logarithms of energies [frames, 40] in 40 mel bands, of windows of 25 ms
+        every 10 ms, with mean 0 and deviation 1 over the recording, and zeros behind what is shorter than
         `max_seconds`.
         """
         bands = spectrogram(samples.numpy())
