@@ -255,7 +255,7 @@ class ModuleTask(SchemaTask, Labelled):
             row = None
         if not isinstance(row, dict):
             raise DataError(f'{text[:40]!r}: expected a row as JSON, such as {{"column": 1}}')
-        return {name: _given(c, row[name], name) for name, c in self.columns.items() if name in row}
+        return {name: _input_value(c, row[name], name) for name, c in self.columns.items() if name in row}
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         if backbone.kind != "task":
@@ -267,7 +267,7 @@ class ModuleTask(SchemaTask, Labelled):
         return _ModuleModel(_Rows(module, self.input), self.last_layer(module))
 
 
-def _given(column: Column, cell: Any, name: str) -> Any:
+def _input_value(column: Column, cell: Any, name: str) -> Any:
     """The value of a cell of a row that `atoll predict` is given; a file by its path."""
     if column.value is None:
         return column.read(cell, name)
