@@ -27,6 +27,10 @@ from tests.processes import Started, wait_until
 from tests.processes import atoll as start_atoll
 
 
+ASKING = 0.2
+"""Seconds between two questions to a server, each of which it has to answer by two calls of its own."""
+
+
 @dataclass
 class Running:
     """One verb of the command line as a process of its own, and what it wrote."""
@@ -150,11 +154,11 @@ class Federation:
 
     def wait_online(self, *sites: str) -> None:
         """Until these sites are connected."""
-        wait_until(lambda: set(sites) <= self.online(), f"connection of {sites}")
+        wait_until(lambda: set(sites) <= self.online(), f"connection of {sites}", pause=ASKING)
 
     def wait_alone(self) -> None:
         """Until no site is connected."""
-        wait_until(lambda: not self.online(), f"leaving of {self.online()}")
+        wait_until(lambda: not self.online(), f"leaving of {self.online()}", pause=ASKING)
 
     def run(self, job: Job, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
         """Submit a job, wait for its end; its result."""
