@@ -26,7 +26,6 @@ from atoll.server.run.directory import job_toml
 from tests.processes import Started, wait_until
 from tests.processes import atoll as start_atoll
 
-
 ASKING = 0.2
 """Seconds between two questions to a server, each of which it has to answer by two calls of its own."""
 
