@@ -241,7 +241,7 @@ def test_what_is_measured_over_clients_is_that_of_all_data_and_a_rerun_the_same_
 
 
 def test_training_lowers_the_loss_of_the_untrained_detector() -> None:
-    many = {"lr": 0.001, "batch_size": 3, "optimizer": "adam", "epochs": 5}
+    many = {"lr": 0.0003, "batch_size": 3, "optimizer": "adam", "epochs": 8}
     learner, shard = prepared(job(train=many))
     before = learner.initial()
     update = train_model(learner, before, shard, learner.job, client="a", round=1, plan={})
