@@ -157,20 +157,29 @@ def run() -> None:
     getattr(importlib.import_module(module), function)()
 
 
-def wait_until(condition: Callable[[], object], what: str, alive: Callable[[], bool] = lambda: True) -> None:
-    """Return once the condition holds; a hang, or the end of what was to be `alive`, fails the test."""
-    for _ in watched(what):
+def wait_until(
+    condition: Callable[[], object],
+    what: str,
+    alive: Callable[[], bool] = lambda: True,
+    *,
+    pause: float = 0.01,
+) -> None:
+    """Return once the condition holds; a hang, or the end of what was to be `alive`, fails the test.
+
+    A condition that costs others something is looked at after longer pauses, in seconds.
+    """
+    for _ in watched(what, pause):
         if condition():
             return
         assert alive(), f"it ended before {what}"
 
 
-def watched(what: str) -> Iterator[None]:
+def watched(what: str, pause: float = 0.01) -> Iterator[None]:
     """Look again and again, until the watchdog ends it."""
     end = time.monotonic() + WATCHDOG_SECONDS
     while time.monotonic() < end:
         yield
-        time.sleep(0.01)
+        time.sleep(pause)
     raise AssertionError(f"still no {what} after {WATCHDOG_SECONDS:.0f} s")
 
 

@@ -38,6 +38,7 @@ from atoll.server.run.directory import RunDirectory
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.processes import WATCHDOG_SECONDS, atoll, python, wait_until
+from tests.small import few_pictures
 from tests.test_backbones import tiny_bert
 from tests.test_bad_data import CASES, Case, as_nobody, encoded, noise, png, snapshot
 
@@ -823,7 +824,8 @@ def test_ctrl_c_in_any_verb_is_said(say: Say, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_path: Path) -> None:
-    job = toml(tmp_path / "job.toml", DIGITS, federation={"rounds": 3})
+    few = few_pictures(30) | {"test_fraction": 0.2}
+    job = toml(tmp_path / "job.toml", DIGITS, data=few, federation={"rounds": 3})
     odd = {"LC_ALL": "C", "LANG": "C", "TZ": "Nowhere/Odd+99", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
     process = started("simulate", job, "--out", tmp_path / "rün", env=odd, stdin=subprocess.DEVNULL)
     printed, said = process.communicate(timeout=WATCHDOG_SECONDS)

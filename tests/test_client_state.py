@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from atoll.job.train import TrainSection
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import Request, TrainRequest
+from atoll.report.run_result import RunResult
 from atoll.server.job_checks import check_named
 from atoll.server.rounds.validation import validate_updates
 from atoll.server.run.run_job import run_job
@@ -159,21 +162,36 @@ def networks(strategy: dict[str, Any]) -> Job:
     )
 
 
-@pytest.mark.parametrize("strategy", METHODS, ids=NAMES)
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunResult]:
+    """What whole models come to with a method: two tests compare others with it."""
+
+    @cache
+    def of(name: str) -> RunResult:
+        return run(networks(METHODS[NAMES.index(name)]), tmp_path_factory.mktemp("inline") / "run")
+
+    return of
+
+
+Known = Callable[[str], RunResult]
+
+
+@pytest.mark.parametrize(("name", "strategy"), list(zip(NAMES, METHODS, strict=True)), ids=NAMES)
 def test_whole_models_are_corrected_with_the_same_bits_one_client_at_a_time(
-    tmp_path: Path, strategy: dict[str, Any]
+    tmp_path: Path, name: str, strategy: dict[str, Any], in_one_process: Known
 ) -> None:
-    setting = networks(strategy)
-    whole = run(setting, tmp_path / "inline")
+    whole = in_one_process(name)
     assert not any(line["set_aside"] for line in whole.rounds)
-    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole.model_sha256
+    assert run(networks(strategy), tmp_path, engine="loop").model_sha256 == whole.model_sha256
 
 
 @pytest.mark.processes
-def test_whole_models_are_corrected_with_the_same_bits_in_worker_processes(tmp_path: Path) -> None:
+def test_whole_models_are_corrected_with_the_same_bits_in_worker_processes(
+    tmp_path: Path, in_one_process: Known
+) -> None:
     """A client's control variate is reached from whichever process trains it."""
-    whole = run(networks(SCAFFOLD_I), tmp_path / "inline")
-    assert run(networks(SCAFFOLD_I), tmp_path / "two", workers=2).model_sha256 == whole.model_sha256
+    whole = in_one_process("scaffold-1")
+    assert run(networks(SCAFFOLD_I), tmp_path, workers=2).model_sha256 == whole.model_sha256
 
 
 def test_the_correction_of_a_whole_model_is_added_to_every_step() -> None:

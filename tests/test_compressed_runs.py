@@ -72,7 +72,7 @@ def test_heads_have_the_same_bits_at_once_one_by_one_and_in_threads(
 @pytest.mark.processes
 def test_networks_have_the_same_bits_in_one_process_and_in_several(tmp_path: Path, scheme: str) -> None:
     """A client's memory is reached from whichever process trains it."""
-    setting = compressed(scheme, data=few_pictures(), tune={"method": "last-k"}, federation={"rounds": 3})
+    setting = compressed(scheme, data=few_pictures(), tune={"method": "last-k"}, federation={"rounds": 2})
     results = [
         run(setting, tmp_path / str(number), **options)
         for number, options in enumerate(({}, {"engine": "loop"}, {"workers": 2}))
@@ -90,11 +90,12 @@ def test_ray_has_the_bits_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_way_to_compress_gives_other_bits_and_none_gives_the_old_ones(tmp_path: Path) -> None:
-    plain = run(job(), tmp_path / "plain")
+    twice = {"rounds": 2}
+    plain = run(job(federation=twice), tmp_path / "plain")
     found = {plain.model_sha256}
     for scheme in SCHEMES:
         for feedback in (True, False):
-            setting = compressed(scheme, feedback=feedback)
+            setting = compressed(scheme, feedback=feedback, federation=dict(twice))
             found.add(run(setting, tmp_path / f"{scheme}{feedback}").model_sha256)
     assert len(found) == 11
     assert not (tmp_path / "plain" / "memory").exists()

@@ -94,6 +94,7 @@ FEW: dict[str, dict[str, Any]] = {
         "train": {"lr": 0.01, "batch_size": 32, "optimizer": "adam"},
     },
     "segmentation": {"train": {"lr": 0.0002, "batch_size": 2, "optimizer": "adam", "steps": 2}},
+    "object-detection": {"train": {"lr": 0.0003, "batch_size": 4, "optimizer": "adam", "steps": 2}},
 }
 """Of whose data a part is enough here, or a few steps; the job as it is: `tests/test_golden.py`."""
 
@@ -335,7 +336,8 @@ def test_each_task_trains_under_example_level_privacy(pair: tuple[str, str], tmp
     """The others: `tests/test_leaks.py`."""
     task, method = pair
     train = {"lr": 0.01, "optimizer": "sgd"}
-    job = ready(job_of(task, method, privacy=PRIVATE, train=train, federation=ONE_ROUND), tmp_path)
+    few = PRIVATE | {"steps": 2}
+    job = ready(job_of(task, method, privacy=few, train=train, federation=ONE_ROUND), tmp_path)
     result = simulate(job, tmp_path / "out", on_event=ignore_events, report=False)
     assert result.privacy["unit"] == "example" and result.privacy["epsilon"] > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
@@ -269,28 +271,40 @@ TWO_STEPS = {"steps": 2}
 """In each round."""
 
 
+Run = tuple[Job, RunResult]
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """A job with some of these options, and its run in one process: two tests compare others with it."""
+
+    @cache
+    def of(name: str) -> Run:
+        folder = tmp_path_factory.mktemp("options")
+        few = {"clients": 3, "cohort": 2, "rounds": 2}
+        job = texts(folder, TWO_STEPS | OPTIONS[name], federation=few)
+        return job, simulate(job, folder / "inline", on_event=ignore_events, report=False)
+
+    return of
+
+
 @pytest.mark.parametrize(
     "name", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS if n != "all")]
 )
-def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
-    job = texts(tmp_path, TWO_STEPS | OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
-    results = [
-        simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
-        for engine in ("inline", "loop")
-    ]
-    assert results[0].model_sha256 == results[1].model_sha256
-    assert results[0].rounds[0]["loss"] > 0
+def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str, inline: Callable[[str], Run]) -> None:
+    job, result = inline(name)
+    other = simulate(job, tmp_path / "loop", engine="loop", on_event=ignore_events, report=False)
+    assert result.model_sha256 == other.model_sha256
+    assert result.rounds[0]["loss"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp16", "all"])
 @pytest.mark.processes
-def test_two_workers_give_the_same_bits(tmp_path: Path, name: str) -> None:
-    job = texts(tmp_path, TWO_STEPS | OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
-    results = [
-        simulate(job, tmp_path / str(n), workers=n, on_event=ignore_events, report=False) for n in (1, 2)
-    ]
-    assert results[0].model_sha256 == results[1].model_sha256
+def test_two_workers_give_the_same_bits(tmp_path: Path, name: str, inline: Callable[[str], Run]) -> None:
+    job, result = inline(name)
+    other = simulate(job, tmp_path / "two", workers=2, on_event=ignore_events, report=False)
+    assert result.model_sha256 == other.model_sha256
 
 
 def test_recomputing_changes_no_bit_of_a_run(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ from atoll.server.run.directory import job_toml
 from tests.processes import Started, wait_until
 from tests.processes import atoll as start_atoll
 
+ASKING = 0.2
+"""Seconds between two questions to a server, each of which it has to answer by two calls of its own."""
+
 
 @dataclass
 class Running:
@@ -150,11 +153,11 @@ class Federation:
 
     def wait_online(self, *sites: str) -> None:
         """Until these sites are connected."""
-        wait_until(lambda: set(sites) <= self.online(), f"connection of {sites}")
+        wait_until(lambda: set(sites) <= self.online(), f"connection of {sites}", pause=ASKING)
 
     def wait_alone(self) -> None:
         """Until no site is connected."""
-        wait_until(lambda: not self.online(), f"leaving of {self.online()}")
+        wait_until(lambda: not self.online(), f"leaving of {self.online()}", pause=ASKING)
 
     def run(self, job: Job, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
         """Submit a job, wait for its end; its result."""
