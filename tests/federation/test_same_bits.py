@@ -219,6 +219,7 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
 ) -> None:
     """Jobs on the same shards take turns at the same sites, which joined in some order."""
     with places.sites("news-fedadam", [1, 2, 0]):
+        places.agreed("news-fedadam")
         before = {name: places.memories(name) for name in client_names(CLIENTS)}
         places.agreed("mixture")
         for name, known in before.items():
@@ -263,7 +264,6 @@ def test_images_at_real_sites_that_tune_ever_more_give_the_bits_of_the_simulatio
         (
             [
                 "news-fedavg",
-                "news-fedadam",
                 "own-heads",
                 "scaffold-texts",
                 "rolora",
