@@ -40,8 +40,8 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return TaskData(request.param, tmp_path_factory.mktemp("leaks"))
 
 
-EVERY = 10
-"""Of a task's rows `make test` takes every tenth."""
+EVERY = 20
+"""Of a task's rows `make test` takes every twentieth."""
 MOVED = 0.001
 """Less of the clipping norm than this is nothing: the neighbour was kept back, not drawn, or unfit."""
 
