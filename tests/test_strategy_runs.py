@@ -130,7 +130,7 @@ def accuracy(name: str, options: dict[str, Any], out: Path) -> float:
     federation = {"clients": 11, "quorum": 1.0, "rounds": 10}
     strategy = {"name": name} | ({"options": options} if options else {})
     data = {"source": "digits", "partition": {"kind": "iid"}}
-    setting = of_pixels(federation, data=data, strategy=strategy)
+    setting = of_pixels(federation, data=data, strategy=strategy, evaluate={"every": 10})
     population = Population.of(setting)
     result = run_job(setting, Hostile.of(population), out, cached_test_set(population, None), report=False)
     return float(result.rounds[-1]["metrics"]["accuracy"])
