@@ -74,7 +74,7 @@ def did_you_mean(
     "did you mean 'lr'?"
     """
     names = list(known)
-    meant = SYNONYMS.get("_".join(_words(name)))
+    meant = SYNONYMS.get("_".join(_name_parts(name)))
     if meant in names:
         return f"did you mean {meant!r}?"
     near = difflib.get_close_matches(name, names, n=3, cutoff=cutoff)
@@ -84,13 +84,13 @@ def did_you_mean(
     return otherwise or f"expected one of {', '.join(names)}"
 
 
-def _words(name: str) -> list[str]:
+def _name_parts(name: str) -> list[str]:
     return re.split("[-_.: ]+", name.lower().lstrip("-"))
 
 
 def _spelt_alike(name: str, other: str) -> bool:
     """Whether two names are the same but for slips: `token-...` and `text-...` are two things."""
-    mine, theirs = _words(name), _words(other)
+    mine, theirs = _name_parts(name), _name_parts(other)
     if len(mine) != len(theirs):
         mine, theirs = ["".join(mine)], ["".join(theirs)]
     pairs = zip(mine, theirs, strict=True)

@@ -102,9 +102,9 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     """
     texts, bodies = unpacked(message.content)
     head, names, body = _part(texts, "request"), _part(texts, "names"), _part(bodies, "tensors")
-    asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), body))).hexdigest()
+    request_sha256 = hashlib.sha256(b"\0".join((head.encode(), names.encode(), body))).hexdigest()
     clients = _names(names)
-    answered = _answered.get(asked, {})
+    answered = _answered.get(request_sha256, {})
     replies = dict(answered)
     request = decode_request(head, body)
     job = Job.from_json(request.job)
@@ -119,7 +119,7 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
                 if not isinstance(reply, Failure):
                     answered[reply.client] = encoded
         _answered.clear()
-        _answered[asked] = answered
+        _answered[request_sha256] = answered
     sent = bodies_of({name: body for name, (_, body) in replies.items()})
     content = packed({name: head for name, (head, _) in replies.items()}, sent)
     _sign(content, site, Exchange(request.run, request.round, texts.get(NONCE, "")), replies)

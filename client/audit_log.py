@@ -47,8 +47,8 @@ class AuditLog:
                 "decision": "sent", "what": type(reply).__name__, "bytes": len(head) + len(body),
                 "sha256": digest,
             }  # fmt: skip
-        asked = {"asked": work_name(request), "run": request.run, "round": request.round}
-        self.file.write({"client": reply.client, **asked, **_of_job(job), **decision})
+        request_fields = {"asked": work_name(request), "run": request.run, "round": request.round}
+        self.file.write({"client": reply.client, **request_fields, **_of_job(job), **decision})
 
 
 def _of_job(job: Job) -> dict[str, str]:

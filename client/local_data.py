@@ -98,8 +98,8 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
     if path.is_file():
         status = path.stat()
         return [(str(path), status.st_size, status.st_mtime_ns)]
-    found = ((file.path, file.stat()) for file in _files_in(path))
-    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in found)
+    files = ((file.path, file.stat()) for file in _files_in(path))
+    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in files)
 
 
 def _files_in(folder: Path | str) -> Iterator[os.DirEntry[str]]:

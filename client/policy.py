@@ -72,7 +72,7 @@ class Policy(KitTable):
     measurements: bool = True
     hours: Annotated[str, AfterValidator(_hours)] | None = None
     privacy: PrivacyRules = PrivacyRules()
-    _found: dict[str, str] = PrivateAttr(default_factory=dict)
+    _violations: dict[str, str] = PrivateAttr(default_factory=dict)
     """The rule that each job violates, by the job's hash."""
 
     @classmethod
@@ -99,10 +99,10 @@ class Policy(KitTable):
             return "its policy: measurements = false, no metric leaves the site"
         if not self.is_open():
             return f"its policy: hours = {self.hours!r}, expected a request within them"
-        if job.hash not in self._found:
+        if job.hash not in self._violations:
             broken = next((verdict for verdict in self.verdicts(job) if not verdict.holds), None)
-            self._found[job.hash] = f"its policy: {broken.in_words}" if broken else ""
-        return self._found[job.hash]
+            self._violations[job.hash] = f"its policy: {broken.in_words}" if broken else ""
+        return self._violations[job.hash]
 
     def is_open(self) -> bool:
         """Whether requests are answered at this time of day."""

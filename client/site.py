@@ -130,12 +130,12 @@ class Site:
             return "its examples' one release under this job are the sums for its head"
         if not self._is_real:
             return ""
-        asked = _refused_request(job, kind) if self.discreet else ""
+        undiscreet = _refused_request(job, kind) if self.discreet else ""
         by_policy = self.policy.violation(job, kind) if self.policy is not None else ""
         return (
             by_policy
             or self._refused_noise(job)
-            or asked
+            or undiscreet
             or self._refused_sum(job)
             or self._refused_facts(job)
         )

@@ -135,15 +135,15 @@ class FlowerTransport:
         self.sites |= {node: sites[node] for node in strangers}
         for node in strangers:
             self.gone.pop(node, None)  # it is connected now
-        asked = {node: Exchange.new(job.hash, GREETING_ROUND) for node in strangers}
+        exchanges = {node: Exchange.new(job.hash, GREETING_ROUND) for node in strangers}
         letters = {
             node: packed({"job": job.canonical, NONCE: exchange.nonce}, bodies_of({}))
-            for node, exchange in asked.items()
+            for node, exchange in exchanges.items()
         }
         for node, reply in _waited_for(self._converse(letters, "query", timeout, patience=0, again=set())):
             if reply == GONE:
                 continue  # it is greeted when it is back
-            check = None if isinstance(reply, str) else self._check(node, asked[node])
+            check = None if isinstance(reply, str) else self._check(node, exchanges[node])
             if isinstance(reply, str):
                 hellos = [Hello(sites[node], {}, 0, refusal=reply)]
             else:
@@ -208,18 +208,18 @@ class FlowerTransport:
         """Each reply, with the size and SHA-256 of what was received; None while nothing new has arrived."""
         head, shared = encode_request(request)
         common, hosts = bodies_of({"tensors": shared}), self._hosts(names)
-        asked = {node: Exchange.new(request.run, request.round) for node in hosts}
+        exchanges = {node: Exchange.new(request.run, request.round) for node in hosts}
         letters, bodies = {}, dict.fromkeys(hosts, shared)
         for node, clients in hosts.items():
             body = common
             if has_parts_per_client(request):
                 bodies[node] = encode_request(request, clients)[1]
                 body = bodies_of({"tensors": bodies[node]})
-            texts = {"request": head, "names": json.dumps(clients), NONCE: asked[node].nonce}
+            texts = {"request": head, "names": json.dumps(clients), NONCE: exchanges[node].nonce}
             letters[node] = packed(texts, body)
         if self.audit is not None:
             to = {self._site(node): (hosts[node], body) for node, body in bodies.items()}
-            self.audit.asked(request, head, to)
+            self.audit.sent(request, head, to)
         kind = "evaluate" if isinstance(request, EvaluateRequest) else "train"
         one_by_one, unsigned = len(shared) >= LEAST_BYTES, UnsignedMessages()
         for answer in self._converse(
@@ -233,7 +233,7 @@ class FlowerTransport:
                 unsigned.refused.pop(node, None)
                 yield from ((Failure(name, reply), None) for name in hosts[node])
                 continue
-            check = self._check(node, asked[node])
+            check = self._check(node, exchanges[node])
             yield from unsigned.accepted(node, self._read(reply, node, hosts[node], check), check)
             if node in unsigned.again:
                 self._tell_unsigned(request, unsigned.refused[node])
@@ -255,11 +255,11 @@ class FlowerTransport:
         return SignatureCheck(self.roster, self.sites.get(node, ""), exchange)
 
     def _read(
-        self, reply: RecordDict, node: int, asked: Sequence[str], check: SignatureCheck | None
+        self, reply: RecordDict, node: int, names: Sequence[str], check: SignatureCheck | None
     ) -> Iterator[Came]:
         """The replies in one message of that node for the clients that it was asked for."""
         sizes = {hello.client: hello.num_examples for hello in self.greeted.get(node, ())}
-        replies = Replies(reply, asked, sizes, check=check)
+        replies = Replies(reply, names, sizes, check=check)
         yield from ((one, replies.came.get(one.client)) for one in replies)
         for name in replies.strangers[:SHOWN_STRANGERS]:
             logger.warning("a reply for %s, which its site was not asked for: dropped", self._shown(name))

@@ -31,9 +31,9 @@ class ServerAuditLog:
         """Write down who of this machine has started a run."""
         self.write("submit", "accepted", flower_run=run_id, out=str(out), by=_user_name(), uid=os.getuid())
 
-    def write(self, asked: str, decision: str, *, durable: bool = True, **fields: Any) -> None:
+    def write(self, request: str, decision: str, *, durable: bool = True, **fields: Any) -> None:
         """Add a line on what was asked in this job, and what was decided; as `AuditFile.write`."""
-        of = {"asked": asked, "job": self.job.name, "job_sha256": self.job.hash}
+        of = {"asked": request, "job": self.job.name, "job_sha256": self.job.hash}
         self.file.write({**of, "decision": decision, **fields}, durable=durable)
 
 

@@ -88,7 +88,7 @@ def _checked(hello: Hello, job: Job) -> Hello:
 
 @dataclass(frozen=True)
 class Replies:
-    """Iterates over the replies in one message of a site that was asked for the clients `asked`.
+    """Iterates over the replies in one message of a site that was asked for the clients in `names`.
 
     `greeted` has the number of examples in each client's greeting, where it reports one. `strangers` gets the
     names in the message that weren't asked for; their content is ignored. Without a `check`, replies carry no
@@ -96,7 +96,7 @@ class Replies:
     """
 
     content: Content
-    asked: Sequence[str]
+    names: Sequence[str]
     greeted: Mapping[str, int] = field(default_factory=dict)
     strangers: list[str] = field(default_factory=list)
     check: SignatureCheck | None = None
@@ -104,15 +104,15 @@ class Replies:
     """By client: (bytes received, their SHA-256)."""
 
     def __iter__(self) -> Iterator[Reply]:
-        """One reply for every client in `asked`; a Failure with the reason where there is no valid one."""
+        """One reply for every client in `names`; a Failure with the reason where there is no valid one."""
         try:
             heads, bodies = unpacked(self.content)
             seal = seal_of(self.content)
         except DataError as error:
-            yield from (Failure(name, _unreadable(error)) for name in self.asked)
+            yield from (Failure(name, _unreadable(error)) for name in self.names)
             return
-        self.strangers.extend(cleaned(name, 100) for name in sorted(heads.keys() - set(self.asked)))
-        for name in self.asked:
+        self.strangers.extend(cleaned(name, 100) for name in sorted(heads.keys() - set(self.names)))
+        for name in self.names:
             if name not in heads or name not in bodies:
                 yield Failure(name, "its site sent a message without its reply")
             elif fault := self._signature_fault(seal, name, heads[name], bodies[name]):

@@ -96,9 +96,9 @@ class ClientRoster:
         """
         needed = job.federation.cohort or 1
         if len(self.names) < needed:
-            asked = len(self.names) + len(self.refused)
+            greeted = len(self.names) + len(self.refused)
             raise ConfigError(
-                f"{len(self.names)} of {asked} clients take part, a round needs {needed}{self._reasons()}"
+                f"{len(self.names)} of {greeted} clients take part, a round needs {needed}{self._reasons()}"
             )
         self._check_trusted(trusted_client(job))
         for client, reason in self.refused.items():

@@ -52,7 +52,7 @@ class RunAuditLog(ServerAuditLog):
         why = "the client is another site's, by the roster or as it came first"
         self.write("greeting", "refused", site=site, client=client, why=why, durable=False)
 
-    def asked(self, request: Request, head: str, letters: Mapping[str, tuple[Sequence[str], bytes]]) -> None:
+    def sent(self, request: Request, head: str, letters: Mapping[str, tuple[Sequence[str], bytes]]) -> None:
         """Write down what is about to be sent: by site, for which clients and with which body."""
         bodies = {id(body): body for _, body in letters.values()}  # mostly one for all sites
         digests = {key: content_sha256(head, body).hex() for key, body in bodies.items()}

@@ -36,23 +36,23 @@ class BaselineRunner:
     population: Population
 
     def __call__(self, run: Run) -> tuple[Baselines, list[str]]:
-        asked = run.setup.job.evaluate.baselines
+        names = run.setup.job.evaluate.baselines
         if run.setup.test is None:
-            return {}, ["baselines left out: the job holds no test data out"] if asked else []
+            return {}, ["baselines left out: the job holds no test data out"] if names else []
         panel = evaluation_clients(run)
         metrics: dict[str, MetricValues] = {}
-        if "zero_shot" in asked:
+        if "zero_shot" in names:
             metrics["zero_shot"] = _measured(run, run.state.initial_model)
-        if not {"local_only", "pooled"} & set(asked):
+        if not {"local_only", "pooled"} & set(names):
             return metrics, []
         index = PopulationIndex(self.population, run.state.learner)
         rows = [train for train, _ in index.splits([number_of(name) for name in panel])]
-        if "local_only" in asked:
+        if "local_only" in names:
             shards = (index.training_view.select(client_rows.tolist()) for client_rows in rows)
             alone = trained(run, dict(zip(panel, shards, strict=True)))
             measured = (_measured(run, tensors) for tensors in alone.values())
             metrics["local_only"] = {name: mean.value for name, mean in means(measured).items()}
-        if "pooled" in asked:
+        if "pooled" in names:
             everything = index.training_view.select(np.unique(np.concatenate(rows)).tolist())
             metrics["pooled"] = _measured(run, trained(run, {"pooled": everything}, of=len(panel))["pooled"])
         if len(panel) == len(run.setup.population):

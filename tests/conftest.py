@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import atoll.system.fork_server
+import atoll.system.memory
 from tests.budget import RECORD, budgets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +29,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 """Ray's own are 15 lower than all others: beside other tests its workers waited for minutes."""
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 """A compiler of torch's in the same process: more of them are processes that import all of torch each."""
+
+atoll.system.memory.SECONDS_BETWEEN_SAMPLES = 5.0
+"""A look at a run's memory walks through that of all processes which this one has started for tests."""
 
 IN_MEMORY = Path("/dev/shm")
 ROOM = 12 << 30
@@ -109,7 +113,8 @@ def lines_of_a_verb_end_with_its_test() -> Iterator[None]:
     before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     yield
     for logger, level, handlers in before:
-        logger.setLevel(level)
+        if logger.level != level:
+            logger.setLevel(level)  # which every logger that there is hears of
         logger.handlers[:] = handlers
 
 

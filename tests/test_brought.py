@@ -313,7 +313,8 @@ BACKBONES: dict[str, tuple[str, str]] = {
     "draws": (mistaken(returned="pixels.mean(dim=(2, 3)) + torch.rand(len(pixels), 1)"),
               "expected an example's features to depend on it alone"),
     "no width": (mistaken(width="other = 16, 3"), "expected `width`, a whole number of 1 or more, found"),
-    "no backbone": (mistaken(base="(torch.nn.Module)"), "expected an ImageBackbone or a TextBackbone"),
+    "no backbone": (mistaken(base="(torch.nn.Module)"),
+                    "expected an ImageBackbone, a TextBackbone or a SoundBackbone"),
     "half": (mistaken() + "\n    def __init__(self):\n        super().__init__()\n"
              "        self.x = torch.nn.Linear(2, 2).half()\n",
              "expected parameters in float32, found x.weight in float16"),
@@ -445,8 +446,8 @@ def test_an_augmentation_of_another_kind_of_input_is_refused(load: Callable[[str
     load(AUGMENTATION.replace("KIND", "texts").replace("BODY", "return example"))
     with pytest.raises(ConfigError, match=r"expected 'crop', .* for image-classification, found 'mine'$"):
         learner(job(train={"augment": ["mine"]}, backbone={"name": "raw:pixels"}))
-    with pytest.raises(ConfigError, match="of: expected 'images' or 'texts', found 'sounds'"):
-        load(AUGMENTATION.replace("KIND", "sounds").replace("BODY", "return example"))
+    with pytest.raises(ConfigError, match="of: expected 'images', 'texts' or 'sounds', found 'smells'"):
+        load(AUGMENTATION.replace("KIND", "smells").replace("BODY", "return example"))
 
 
 def test_a_tokenizers_augmentation_is_refused_where_there_is_none(load: Callable[[str], Path]) -> None:

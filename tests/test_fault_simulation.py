@@ -19,7 +19,7 @@ from tests.fault_simulation.planted import PLANTED, seeds_until_found
 from tests.fault_simulation.play import play
 from tests.fault_simulation.shrink import shrunk
 
-NEW_SEEDS = 40
+NEW_SEEDS = 12
 """`.ci/run` plays 500 more, and `make simulate-faults` as many as there is time for."""
 
 

@@ -168,7 +168,7 @@ def client_statistics_of(name: str, setting: Job) -> Tensors:
 
 
 class Quiet(CentralDp):
-    def _words(self, purpose: str, round: int) -> Any:
+    def _random_bits_of(self, purpose: str, round: int) -> Any:
         return silent
 
 
@@ -236,7 +236,7 @@ def the_servers_charge_is_there_before_its_noise_is_drawn() -> None:
     folder = new_folder()
 
     class Watching(CentralDp):
-        def _words(self, purpose: str, round: int) -> Any:
+        def _random_bits_of(self, purpose: str, round: int) -> Any:
             def words(count: int) -> Any:
                 spent = Ledger.open(folder / LEDGER, "test").spent
                 detectors.check_ledger(spent, {Release(Z, 1.0): 1})

@@ -196,7 +196,7 @@ CLIENT_NOISE: dict[str, Plant] = {
 def words_of(seed_of: Callable[..., int]) -> Plant:
     """Words of the server that come from a seed."""
     return wrapped(
-        atoll.server.rounds.central_dp.CentralDp, "_words",
+        atoll.server.rounds.central_dp.CentralDp, "_random_bits_of",
         lambda original: lambda self, purpose, round: atoll.privacy.noise.seeded(seed_of(self, purpose, round)),
     )  # fmt: skip
 

@@ -191,7 +191,7 @@ def test_a_secret_cohort_stays_secret(tmp_path: Path) -> None:
     )
     audit = RunAuditLog.open(tmp_path, secret)
     request = TrainRequest(secret.canonical, secret.hash, 1, {}, {})
-    audit.asked(request, "{}", {"north": (["north"], b"")})
+    audit.sent(request, "{}", {"north": (["north"], b"")})
     audit.answered(request, {"north": {"what": "Update"}})
     text = (tmp_path / FILE).read_text()
     assert text.count(SECRET) == 2 and "north" not in text

@@ -2,12 +2,14 @@
 
 import json
 import mmap
+import os
 import subprocess
 import sys
 
 import pytest
 
-from atoll.system.memory import PeakMemory
+import atoll.system.memory
+from atoll.system.memory import PeakMemory, own_peak_mb
 
 MB = 2**20
 
@@ -57,3 +59,14 @@ def test_the_peak_is_remembered_after_the_memory_is_given_back() -> None:
         most = memory.mb()
         held.close()
         assert memory.mb() >= most >= before
+
+
+def test_only_what_several_processes_hold_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    me, memory = os.getpid(), PeakMemory()
+    monkeypatch.setattr(atoll.system.memory, "parents", lambda: {me: 1, me + 1: 1})
+    monkeypatch.setattr(atoll.system.memory, "held_bytes", lambda process: 2**40)
+    memory._look()
+    assert memory.mb() == pytest.approx(own_peak_mb(), abs=1) and memory.mb() < 2**20
+    monkeypatch.setattr(atoll.system.memory, "parents", lambda: {me: 1, me + 1: me})
+    memory._look()
+    assert memory.mb() == 2 * 2**20  # of both, in MiB

@@ -99,7 +99,7 @@ def people(model: Tensors, count: int = COHORT - 1) -> list[Update]:
 class Quiet(CentralDp):
     """Protection that draws noise of zero, to see what is noised."""
 
-    def _words(self, purpose: str, round: int) -> Any:
+    def _random_bits_of(self, purpose: str, round: int) -> Any:
         return silent
 
 

@@ -1,15 +1,15 @@
 """Backbones: which one a job names, its checkpoint, and encoders for each kind of input.
 
-`ImageBackbone` and `TextBackbone` are what a backbone of one's own derives from.
+`ImageBackbone`, `TextBackbone` and `SoundBackbone` are what a backbone of one's own derives from.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atoll.backbones.brought.modules import ImageBackbone, TextBackbone
+    from atoll.backbones.brought.modules import ImageBackbone, SoundBackbone, TextBackbone
 
-__all__ = ["ImageBackbone", "TextBackbone"]
+__all__ = ["ImageBackbone", "SoundBackbone", "TextBackbone"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from atoll.backbones.augmentation import masked_spectrum
+from atoll.backbones.brought.augmentations import augmented_sound
+from atoll.backbones.brought.names import SPEC_AUGMENT
 from atoll.backbones.checkpoint import config_of, load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS, SMALL_CTC
 from atoll.backbones.encoder import Batch, Encoder, Variation
@@ -86,16 +90,31 @@ class SoundEncoder(Encoder):
 
     def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
         """What the network takes of each sound, as long as the sound is."""
-        return [log_mel(checked_sound(data, "audio", self._max_seconds)) for data in inputs]
+        return [self.ready(self._samples(data)) for data in inputs]
+
+    def _samples(self, data: bytes) -> NDArray[np.float32]:
+        return checked_sound(data, "audio", self._max_seconds)
+
+    def ready(self, samples: NDArray[np.float32]) -> torch.Tensor:
+        """What the network takes of a sound's samples, [length, …]."""
+        return log_mel(samples)
 
     def preprocess_and_collate(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
-        ready = self.preprocess(inputs)
         if variation is None:
-            return self.collate(ready)
-        return self.collate([self.varied(one, variation.stream(place)) for place, one in enumerate(ready)])
+            return self.collate(self.preprocess(inputs))
+        varied = (self._varied(self._samples(data), variation, place) for place, data in enumerate(inputs))
+        return self.collate(list(varied))
 
-    def varied(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """What the network takes of a sound, varied at random."""
+    def _varied(self, samples: NDArray[np.float32], variation: Variation, place: int) -> torch.Tensor:
+        """What the network takes of a sound, varied at random: samples by extensions, then its spectrum."""
+        draw = variation.stream(place)
+        if variation.brought:
+            samples = augmented_sound(torch.from_numpy(samples), variation.brought, draw).numpy()
+        ready = self.ready(samples)
+        return self.masked(ready, draw) if SPEC_AUGMENT in variation.names else ready
+
+    def masked(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        """A spectrum of which bands and frames are hidden."""
         return masked_spectrum(ready, draw)
 
     def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
@@ -115,8 +134,8 @@ class WaveEncoder(SoundEncoder):
     def letters(self) -> nn.Module | None:
         return getattr(self.model, "lm_head", None)
 
-    def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
-        return [normalised(checked_sound(data, "audio", self._max_seconds)) for data in inputs]
+    def ready(self, samples: NDArray[np.float32]) -> torch.Tensor:
+        return normalised(samples)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         network: Any = self.model
@@ -144,11 +163,11 @@ class MelEncoder(SoundEncoder):
     def letters(self) -> nn.Module | None:
         return None
 
-    def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+    def ready(self, samples: NDArray[np.float32]) -> torch.Tensor:
         network: Any = self.model
-        return [mel_of(checked_sound(data, "audio", self._max_seconds), network.config) for data in inputs]
+        return mel_of(samples, network.config)
 
-    def varied(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    def masked(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         return torch.cat([masked_spectrum(ready[:-1], draw), ready[-1:]])
 
     def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
@@ -190,10 +209,10 @@ def load_sound_encoder(
         raise WeightsError(
             f"{backbone.folder}: {config.model_type} does not read waves, expected wav2vec2 or {WHISPER}"
         )
-    if job.train.augment:
+    if SPEC_AUGMENT in job.train.augment:
         raise ConfigError(
             f"train.augment: {config.model_type} reads waves, of which there is no spectrum to mask;"
-            f" expected none, or a network such as atoll:{SMALL_CTC} or {WHISPER}"
+            f" expected an extension's, or a network such as atoll:{SMALL_CTC} or {WHISPER}"
         )
     # What it masks it would draw from NumPy's global generator.
     config.apply_spec_augment = False

@@ -16,6 +16,9 @@ from atoll.job.extension_options import checked_options
 from atoll.job.job import Job
 from atoll.job.section import Count, Decay, Section
 
+HIDES = {"texts": "a tokenizer's tokens", "sounds": "parts of a spectrum of Atoll's own"}
+"""What Atoll's own augmentations hide of inputs that an extension's backbone prepares itself."""
+
 Known = TypeVar("Known", bound=Section)
 
 
@@ -83,9 +86,9 @@ def check_augment(job: Job, known: Sequence[str]) -> None:
             names, near = ", ".join(map(repr, fitting)), did_you_mean(name, fitting, otherwise="-")
             hint = "" if near == "-" else f"; {near}"
             raise ConfigError(f"train.augment: expected {names} for {job.task.name}, found {name!r}{hint}")
-        if name in known and of == "texts" and is_brought(job.backbone):
+        if name in known and of in HIDES and is_brought(job.backbone):
             raise ConfigError(
-                f"train.augment: {name} hides a tokenizer's tokens, and {job.backbone.name} has no tokenizer;"
+                f"train.augment: {name} hides {HIDES[of]}, and {job.backbone.name} has none;"
                 " expected an extension's"
             )
     for name in job.train.augment_options:

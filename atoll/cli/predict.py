@@ -165,12 +165,12 @@ def _answered(
     learner: Learner, tensors: Tensors, sources: Sequence[_Source]
 ) -> Iterator[tuple[_Source, str, Any, dict[str, Any]]]:
     """(source, the name of a series in it, the input, the answer), some read and answered at a time."""
-    asked = (
+    inputs = (
         (source, name, raw)
         for source in sources
         for name, raw in learner.task.parse_inputs(source.name).items()
     )
-    while some := list(islice(asked, AT_ONCE)):
+    while some := list(islice(inputs, AT_ONCE)):
         answers = learner.answers(tensors, [raw for _, _, raw in some])
         for (source, name, raw), answer in zip(some, answers, strict=True):
             yield source, name, raw, answer

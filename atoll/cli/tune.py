@@ -255,9 +255,9 @@ def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list
     names = [name.strip() for name in backbones or ()]
     if not all(names):
         raise ConfigError("--backbones: expected names between commas, see atoll list backbones")
-    asked = [with_absolute_paths(with_backbone(job, name), Path.cwd(), "--backbones") for name in names]
-    names = [one.backbone.name for one in asked]
-    for one in asked:
+    candidates = [with_absolute_paths(with_backbone(job, name), Path.cwd(), "--backbones") for name in names]
+    names = [one.backbone.name for one in candidates]
+    for one in candidates:
         resolve(one.backbone, job.seed)
     shown = gauge()
     try:

@@ -44,8 +44,8 @@ def cpu_capability() -> str | None:
     """
     if platform.machine() != "x86_64" or not CPUINFO.is_file():
         return None
-    if (asked := os.environ.get("ATEN_CPU_CAPABILITY")) in NAMED:
-        return NAMED[asked]
+    if (capability := os.environ.get("ATEN_CPU_CAPABILITY")) in NAMED:
+        return NAMED[capability]
     flags = _flags(CPUINFO.read_text("utf-8"))
     if flags >= AVX512:
         return "AVX512"

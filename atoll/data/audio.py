@@ -17,8 +17,10 @@ RATE = 16_000
 SHORTEST_SECONDS = 0.05
 
 
-def checked_sound(data: bytes, where: str, max_seconds: float) -> NDArray[np.float32]:
-    """Samples at `RATE`, the mean over channels.
+def checked_sound(
+    data: bytes, where: str, max_seconds: float, key: str = "task.options.max_seconds"
+) -> NDArray[np.float32]:
+    """Samples at `RATE`, the mean over channels; `key` is the job's for `max_seconds`, for the error.
 
     Raises:
         DataError: it can't be decoded, is too short or too long, or holds a sample that isn't a number.
@@ -32,7 +34,7 @@ def checked_sound(data: bytes, where: str, max_seconds: float) -> NDArray[np.flo
             if not SHORTEST_SECONDS <= seconds <= max_seconds:
                 raise DataError(
                     f"{where}: {seconds:.2f} seconds, expected {SHORTEST_SECONDS} to {max_seconds:g}"
-                    " (task.options.max_seconds)"
+                    + (f" ({key})" if key else "")
                 )
             samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
     except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
@@ -60,15 +62,34 @@ _LOWEST, _HIGHEST = 20.0, 7600.0
 
 
 def log_mel(samples: NDArray[np.float32]) -> torch.Tensor:
-    """Log energies [frames, bands]; each band has mean 0 and deviation 1 over the sound's own frames."""
+    """Log energies [frames, bands]; each band has mean 0 and deviation 1 over the sound's own frames.
+
+    So how loud a band is the whole time isn't seen: words are told by what changes.
+    """
+    bands = _log_energies(samples)
+    bands = (bands - bands.mean(1, keepdim=True)) / (bands.std(1, keepdim=True) + 1e-3)
+    return bands.T.contiguous()
+
+
+def spectrogram(samples: NDArray[np.float32]) -> torch.Tensor:
+    """Log energies [frames, bands] with mean 0 and deviation 1 over the whole sound."""
+    bands = _log_energies(samples)
+    return ((bands - bands.mean()) / (bands.std() + 1e-3)).T.contiguous()
+
+
+def _log_energies(samples: NDArray[np.float32]) -> torch.Tensor:
+    """[bands, frames]."""
     window = torch.hann_window(FRAME)
     wave = torch.from_numpy(samples)
     if len(wave) <= _TRANSFORM:
         wave = torch.nn.functional.pad(wave, (0, _TRANSFORM + 1 - len(wave)))
     energy = torch.stft(wave, _TRANSFORM, HOP, FRAME, window, return_complex=True).abs().square()
-    bands = torch.log(_bank() @ energy + 1e-6)
-    bands = (bands - bands.mean(1, keepdim=True)) / (bands.std(1, keepdim=True) + 1e-3)
-    return bands.T.contiguous()
+    return torch.log(_bank() @ energy + 1e-6)
+
+
+def frames_of(seconds: float) -> int:
+    """How many frames `log_mel` makes of a sound of that length."""
+    return 1 + int(seconds * RATE) // HOP
 
 
 def _bank() -> torch.Tensor:

@@ -124,10 +124,10 @@ class FederationSection(Section):
                 "over_sampling: the first to answer aren't drawn by size alone; expected 1 with selection ="
                 f" 'by-size', found {self.over_sampling:g}"
             )
-        asked = math.ceil(self.cohort * self.over_sampling - 1e-9)
-        if self.candidates is not None and not asked <= self.candidates <= self.clients:
+        invited = math.ceil(self.cohort * self.over_sampling - 1e-9)
+        if self.candidates is not None and not invited <= self.candidates <= self.clients:
             raise ValueError(
-                f"candidates: expected at least the {asked} that a round asks, and at most clients ="
+                f"candidates: expected at least the {invited} that a round asks, and at most clients ="
                 f" {self.clients}, found {self.candidates}"
             )
         return self
@@ -320,10 +320,10 @@ def _check_sizes(job: Job, concurrency: int) -> None:
 
 def _check_groups(job: Job, concurrency: int) -> None:
     federation, name = job.federation, job.strategy.name
-    for key, found in (("cohort", federation.cohort), ("cohort_rate", federation.cohort_rate)):
-        if found is not None:
+    for key, value in (("cohort", federation.cohort), ("cohort_rate", federation.cohort_rate)):
+        if value is not None:
             raise ValueError(
-                f"federation.{key}: {name} merges groups as they are done; expected none, found {found}"
+                f"federation.{key}: {name} merges groups as they are done; expected none, found {value}"
             )
     if concurrency > federation.clients:
         raise ValueError(

@@ -294,11 +294,11 @@ def _check_bands(bands: int | None, prefix: str, job: Job) -> None:
             f"{prefix}.bands: {'missing' if bands is None else f'found {bands}'}, expected in how many rounds"
             f" in a row a client takes part once at most, up to federation.rounds = {federation.rounds}"
         )
-    asked = math.ceil((federation.cohort or federation.clients) * federation.over_sampling - 1e-9)
-    if bands > 1 and asked * bands > federation.clients:
+    invited = math.ceil((federation.cohort or federation.clients) * federation.over_sampling - 1e-9)
+    if bands > 1 and invited * bands > federation.clients:
         raise ValueError(
-            f"{prefix}.bands: {bands} rounds in a row need {asked * bands} different clients, {asked} each;"
-            f" expected bands up to {federation.clients // asked} with federation.clients ="
+            f"{prefix}.bands: {bands} rounds in a row need {invited * bands} different clients, {invited}"
+            f" each; expected bands up to {federation.clients // invited} with federation.clients ="
             f" {federation.clients}, or a smaller federation.cohort"
         )
 

@@ -27,7 +27,7 @@ def check_fits(job: Job, task: Task) -> None:
         raise ConfigError(f"data.time_format: {task.name} reads no times, expected none")
     if not task.reads_pictures and (key := next((k for k in ("bits", "window") if getattr(job.data, k)), "")):
         raise ConfigError(f"data.{key}: {task.name} reads no pictures, expected none")
-    if is_brought(job.backbone) and not task.uses_pooled_features:
+    if is_brought(job.backbone) and not task.takes_brought_backbone(job):
         raise ConfigError(
             f"backbone.name: {task.name} takes no encoder of an extension, which makes one row of features"
             f" of an example; expected another, found {job.backbone.name!r}"

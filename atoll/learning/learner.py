@@ -132,7 +132,7 @@ class Learner:
         return LocalObjective(self.job, self.task, self.data_info, self.teacher)
 
     def initial(self) -> Tensors:
-        """The trainable tensors before the first round, by name, on the CPU."""
+        """The trainable tensors before the first round, by name, on the CPU; ask before any is trained."""
         if self.uses_features:
             head = self._fresh_head(self._width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}

@@ -126,10 +126,11 @@ def source(
 def backbone(
     name: str, *, summary: str = "", options: type[BaseModel] | None = None
 ) -> Callable[[Thing], Thing]:
-    """Register a backbone: a class derived from `atoll.backbones.ImageBackbone` or `TextBackbone`.
+    """Register a backbone: a class derived from `ImageBackbone`, `TextBackbone` or `SoundBackbone`.
 
-    A job names it in `backbone.name`, with `plugin:` before the name. It is created as `Class()`, or as
-    `Class(options)` where it has an options model, with the job's `backbone.options`.
+    All three are in `atoll.backbones`. A job names it in `backbone.name`, with `plugin:` before the name. It
+    is created as `Class()`, or as `Class(options)` where it has an options model, with the job's
+    `backbone.options`.
 
     Raises:
         ConfigError: the name is taken.
@@ -141,20 +142,21 @@ def augmentation(
     name: str,
     *,
     summary: str = "",
-    of: Literal["images", "texts"] = "images",
+    of: Literal["images", "texts", "sounds"] = "images",
     options: type[BaseModel] | None = None,
 ) -> Callable[[Thing], Thing]:
     """Register an augmentation: a function that varies an input at random, named in `train.augment`.
 
     It is called as `function(example, generator)`, with a third argument where it has an options model: the
     options are the table under its name in the job's `train.augment_options`. With `of="images"` it takes and
-    returns an RGB `PIL.Image`, of the same size; with `of="texts"` a string, which must not become empty.
+    returns an RGB `PIL.Image`, of the same size; with `of="texts"` a string, which must not become empty;
+    with `of="sounds"` samples, a float32 tensor [n] of one channel at 16 kHz, of the same length.
     `generator` is a `torch.Generator` on the CPU: draw from it and from nothing else, and remember nothing
     between examples.
 
     Raises:
         ConfigError: the name is taken, or `of` is something else.
     """
-    if of not in ("images", "texts"):
-        raise ConfigError(f"augmentation {name!r}: of: expected 'images' or 'texts', found {of!r}")
+    if of not in ("images", "texts", "sounds"):
+        raise ConfigError(f"augmentation {name!r}: of: expected 'images', 'texts' or 'sounds', found {of!r}")
     return registering("augmentation", name, summary, options, of=of)

@@ -43,7 +43,9 @@ class PeakMemory:
         return max(self._peak / 2**20, own_peak_mb())
 
     def _look(self) -> None:
-        self._peak = max(self._peak, tree_bytes(os.getpid()))
+        processes = tree(os.getpid(), parents())
+        if len(processes) > 1:  # of one alone the system itself remembers the most, and looking is dear
+            self._peak = max(self._peak, sum(map(held_bytes, processes)))
 
     def _watch(self) -> None:
         pause = SECONDS_BETWEEN_SAMPLES

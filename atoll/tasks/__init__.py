@@ -20,16 +20,16 @@ from atoll.tasks.data_info import InfoField
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
-    from atoll.tasks.module_task import NAME, NUMBER, NUMBERS, TEXT, Column, ModuleTask
+    from atoll.tasks.module_task import IMAGE, NAME, NUMBER, NUMBERS, SOUND, TEXT, Column, ModuleTask
     from atoll.tasks.task import Task
 
 __all__ = [
-    "METRICS", "NAME", "NUMBER", "NUMBERS", "TASKS", "TEXT", "Column", "Entry", "InfoField", "ModuleTask",
-    "Task", "check_metric_options", "check_metrics", "check_task", "headline_of", "task_named",
+    "IMAGE", "METRICS", "NAME", "NUMBER", "NUMBERS", "SOUND", "TASKS", "TEXT", "Column", "Entry", "InfoField",
+    "ModuleTask", "Task", "check_metric_options", "check_metrics", "check_task", "headline_of", "task_named",
     "trains_on_features", "with_brought_metrics",
 ]  # fmt: skip
 
-_OF_MODULES = ("NAME", "NUMBER", "NUMBERS", "TEXT", "Column", "ModuleTask")
+_OF_MODULES = ("IMAGE", "NAME", "NUMBER", "NUMBERS", "SOUND", "TEXT", "Column", "ModuleTask")
 
 
 def __getattr__(name: str) -> Any:

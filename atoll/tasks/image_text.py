@@ -86,7 +86,9 @@ class PairEncoder(Encoder):
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
         image, text = self._parts
-        return image.collate([one["pixels"] for one in ready]) | text.collate([_words(one) for one in ready])
+        return image.collate([one["pixels"] for one in ready]) | text.collate(
+            [_text_of(one) for one in ready]
+        )
 
     def fixed_batches(
         self, inputs: Sequence[Pair], size: int, variation: Variation | None = None
@@ -112,7 +114,7 @@ def _named(preprocessed: Preprocessed) -> Batch:
     return {f"{WORDS}.{name}": tensor for name, tensor in preprocessed.items()}
 
 
-def _words(pair: Batch) -> Preprocessed:
+def _text_of(pair: Batch) -> Preprocessed:
     """The preprocessed text of a pair: the inverse of `_named`."""
     if WORDS in pair:
         return pair[WORDS]

@@ -20,10 +20,13 @@ from atoll.backbones.checkpoint import load_state_dict_strict, load_weights
 from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.backbones.options import refuse_augment, refuse_options
 from atoll.backbones.resolve import NETWORK, Backbone
+from atoll.data.audio import checked_sound
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import shown
+from atoll.data.images import decode_image, seen_picture
 from atoll.data.lazy import LazyRows
 from atoll.data.parsers import list_cell, name_cell, number_cell, text_cell
-from atoll.data.schema import Schema, SchemaField
+from atoll.data.schema import FILE, Picture, Schema, SchemaField, file_bytes
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.extension_options import validated
@@ -36,6 +39,7 @@ from atoll.tasks.data_info import InfoField
 from atoll.tasks.schema_task import SchemaTask
 
 if TYPE_CHECKING:
+    from PIL import Image
     from pydantic import BaseModel
     from torchmetrics import MetricCollection
 
@@ -49,7 +53,34 @@ class Column:
     read: Callable[[Any, str], Any]
     """(cell, place) to the cell's value; a bad cell raises DataError, whose text begins with `place`."""
     kind: pa.DataType
+    value: Callable[[bytes], Any] | None = None
+    """Of a column of files: what `row` has of a file's bytes, which `read` has found to be good."""
+    picture: Picture | None = None
+    """Of a column of pictures: how their bytes are checked in place of `read`, as `data.bits` says."""
 
+    def of_cell(self, cell: Any) -> Any:
+        """What `row` has of a stored cell: of a file what it holds, else the cell itself."""
+        return cell if self.value is None else self.value(file_bytes(cell, "file"))
+
+
+def _whole_sound(data: bytes, where: str) -> None:
+    checked_sound(data, where, LONGEST_SECONDS, key="")
+
+
+def _samples(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(checked_sound(data, "sound", LONGEST_SECONDS, key=""))
+
+
+def _whole_picture(data: bytes, where: str) -> None:
+    decode_image(data, where)
+
+
+def _picture(data: bytes) -> Image.Image:
+    return decode_image(data, "image", verify=False)
+
+
+LONGEST_SECONDS = 600.0
+"""The longest recording that a column of sounds takes."""
 
 NUMBER = Column(number_cell, pa.float64())
 """A finite number, as a Python float."""
@@ -59,6 +90,10 @@ TEXT = Column(text_cell, pa.string())
 """A text that isn't empty."""
 NAME = Column(name_cell, pa.string())
 """A name, or a whole number, as text: a class, an identifier."""
+SOUND = Column(_whole_sound, FILE, _samples)
+"""A WAV or FLAC file of at most ten minutes, as float32 samples [n] of one channel at 16 kHz."""
+IMAGE = Column(_whole_picture, FILE, _picture, seen_picture)
+"""An image file, as an RGB `PIL.Image`."""
 
 
 class ModuleTask(SchemaTask, Labelled):
@@ -78,7 +113,11 @@ class ModuleTask(SchemaTask, Labelled):
     primary_metric = "accuracy"
 
     columns: ClassVar[Mapping[str, Column]] = {}
-    """The data's columns by name: each is `NUMBER`, `NUMBERS`, `TEXT`, `NAME` or your own `Column`."""
+    """The data's columns by name.
+
+    Each is `NUMBER`, `NUMBERS`, `TEXT`, `NAME`, `SOUND`, `IMAGE` or your own `Column`. In a table, a file is
+    its path beside the table, or its bytes (Parquet).
+    """
 
     label: ClassVar[str | None] = None
     """The column that holds an example's class; None where no classes are learnt."""
@@ -164,8 +203,11 @@ class ModuleTask(SchemaTask, Labelled):
             )
 
     def records(self, options: Given) -> Schema:
-        roles = tuple(SchemaField(name, column.read, column.kind) for name, column in self.columns.items())
-        return Schema(roles, count_by=self.label)
+        roles = (
+            SchemaField(name, c.read, c.kind, file=c.value is not None, picture=c.picture)
+            for name, c in self.columns.items()
+        )
+        return Schema(tuple(roles), count_by=self.label)
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Given) -> DataInfo:
         if self.label is None:
@@ -188,22 +230,24 @@ class ModuleTask(SchemaTask, Labelled):
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         cells = {name: dataset[name] for name in self.columns if name in dataset.column_names}
-        inputs = LazyRows(
-            lambda row: {name: column[row] for name, column in cells.items() if name != self.label},
-            tuple(order),
-        )
+
+        def values_of(row: int, without: str | None = None) -> dict[str, Any]:
+            return {
+                name: self.columns[name].of_cell(cell[row]) for name, cell in cells.items() if name != without
+            }
+
+        inputs = LazyRows(lambda row: values_of(row, self.label), tuple(order))
         if self.label is not None:
             targets = self.targets(cells[self.label], order, data_info)
         else:
-            rows = ({name: column[row] for name, column in cells.items()} for row in order)
-            targets = torch.stack([self.target(row, data_info) for row in rows])
+            targets = torch.stack([self.target(values_of(row), data_info) for row in order])
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
     def parse_input(self, text: str) -> Any:
-        """A row as JSON, such as `{"height": 1.8}`.
+        """A row as JSON, such as `{"height": 1.8}`, with the paths of files; columns may be left out.
 
         Raises:
-            DataError: it is not a JSON object, or a cell is bad; columns may be left out.
+            DataError: it is not a JSON object, or a cell is bad.
         """
         try:
             row = json.loads(text)
@@ -211,7 +255,7 @@ class ModuleTask(SchemaTask, Labelled):
             row = None
         if not isinstance(row, dict):
             raise DataError(f'{text[:40]!r}: expected a row as JSON, such as {{"column": 1}}')
-        return {name: c.read(row[name], name) for name, c in self.columns.items() if name in row}
+        return {name: _input_value(c, row[name], name) for name, c in self.columns.items() if name in row}
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         if backbone.kind != "task":
@@ -221,6 +265,16 @@ class ModuleTask(SchemaTask, Labelled):
         if backbone.weights is not None:
             load_state_dict_strict(module, load_weights(backbone.weights), backbone.weights)
         return _ModuleModel(_Rows(module, self.input), self.last_layer(module))
+
+
+def _input_value(column: Column, cell: Any, name: str) -> Any:
+    """The value of a cell of a row that `atoll predict` is given; a file by its path."""
+    if column.value is None:
+        return column.read(cell, name)
+    path = text_cell(cell, name)
+    data = file_bytes({"bytes": None, "path": path}, name)
+    column.read(data, shown(path))
+    return column.value(data)
 
 
 class _Rows(Encoder):

@@ -123,6 +123,10 @@ class Task(Protocol):
         """
         ...
 
+    def takes_brought_backbone(self, job: Job) -> bool:
+        """Whether an extension's backbone will do, which gives an example one row of features."""
+        return self.uses_pooled_features
+
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         """One owner's data with every example checked, and how many examples were left out and why.
 

@@ -38,14 +38,17 @@ def provision(sites_file: Path, out: Path, requests: Sequence[Path] = ()) -> lis
     Raises:
         ConfigError: SITES or a request is invalid, or there are kits in `out` already.
     """
-    sites, asked = read_table(sites_file, Sites), _requests(requests)
+    sites, signing_requests = read_table(sites_file, Sites), _requests(requests)
     names = [site.name for site in sites.site]
-    _refuse_strangers(asked, sites, sites_file)
+    _refuse_strangers(signing_requests, sites, sites_file)
     _refuse_old_kits(out, names)
     try:
         authority = new_authority()
         _write_authority(out / "ca", authority)
-        keys = {site: _write_site(out / site, site, sites, authority, asked.get(site)) for site in names}
+        keys = {
+            site: _write_site(out / site, site, sites, authority, signing_requests.get(site))
+            for site in names
+        }
         _write_server(out / "server", sites, authority, keys)
         _write_roster([out / "server", *(out / name for name in names)], sites, authority, keys)
     except OSError as error:
@@ -64,19 +67,19 @@ def update(sites_file: Path, out: Path, requests: Sequence[Path] = (), *, renew:
     Raises:
         ConfigError: there are no kits to update, or SITES or a request is invalid.
     """
-    sites, asked = read_table(sites_file, Sites), _requests(requests)
-    _refuse_strangers(asked, sites, sites_file)
+    sites, signing_requests = read_table(sites_file, Sites), _requests(requests)
+    _refuse_strangers(signing_requests, sites, sites_file)
     authority, before = Authority.load(out / "ca"), ServerKit.load(out / "server")
     names, changes = [site.name for site in sites.site], Changes()
     keys: dict[str, bytes] = {}
     try:
         for name in names:
-            if name in before.sites and name not in asked:
+            if name in before.sites and name not in signing_requests:
                 keys[name] = before.node_key(name).read_bytes()
                 changes.unchanged.append(name)
             else:
                 _set_aside(out / name)
-                keys[name] = _write_site(out / name, name, sites, authority, asked.get(name))
+                keys[name] = _write_site(out / name, name, sites, authority, signing_requests.get(name))
                 changes.new.append(out / name)
         changes.removed = [name for name in before.sites if name not in names]
         changes.has_new_certificate = renew or before.address.host != sites.server.host
@@ -93,9 +96,9 @@ def _requests(files: Sequence[Path]) -> dict[str, SiteRequest]:
     return {request.name: request for request in read}
 
 
-def _refuse_strangers(asked: Mapping[str, SiteRequest], sites: Sites, sites_file: Path) -> None:
+def _refuse_strangers(signing_requests: Mapping[str, SiteRequest], sites: Sites, sites_file: Path) -> None:
     listed = {site.name: site.hosted for site in sites.site}
-    for name, request in asked.items():
+    for name, request in signing_requests.items():
         if name not in listed:
             raise ConfigError(
                 f"{sites_file}: has no site {name!r}, which sent a request; expected a [[site]] of it"

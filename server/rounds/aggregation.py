@@ -84,7 +84,7 @@ class SecureSumRound(TrainingRound):
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         return SecureRound(
             run.setup.job, train_request(run, round), attempt, names, run.setup.carrier.uses_masking,
-            lambda stage, asked: list(run.send(stage, asked)), run.setup.carrier.roster,
+            lambda stage, clients: list(run.send(stage, clients)), run.setup.carrier.roster,
             summed=run.trained_in_round(round),
         ).screened()  # fmt: skip
 

@@ -166,7 +166,7 @@ class CentralDp:
             noise_multiplier=self.dp_plan.noise_multiplier,
             expected_cohort=self.dp_plan.divisor,
             sampling_rate=self.dp_plan.event.sampling_rate,
-            random_bits=self._words("noise", round),
+            random_bits=self._random_bits_of("noise", round),
             record=lambda cost: self._charge(round, cost),
         )
 
@@ -195,9 +195,9 @@ class CentralDp:
 
     def sampling_uniforms(self, round: int, count: int) -> torch.Tensor:
         """Uniform numbers in [0, 1), [count], float64, from a source that only the server knows."""
-        return torch.from_numpy(uniform(self._words("cohort", round)(count)))
+        return torch.from_numpy(uniform(self._random_bits_of("cohort", round)(count)))
 
-    def _words(self, purpose: str, round: int) -> RandomBits:
+    def _random_bits_of(self, purpose: str, round: int) -> RandomBits:
         if self.job.privacy.seeded_noise:
             return seeded(stream_seed(self.job.seed, purpose, round))
         return entropy

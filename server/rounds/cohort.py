@@ -51,11 +51,11 @@ def _drawn(
         return [population[i] for i in (thrown < rate).nonzero().flatten().tolist()]
     if count is None:
         return list(population)
-    asked, apart = round_up(count * job.federation.over_sampling) - besides, separation(job)
+    invited, apart = round_up(count * job.federation.over_sampling) - besides, separation(job)
     if apart == 1:
-        return some(population, asked, generator)
+        return some(population, invited, generator)
     places = group(len(population), apart, round % apart, job.seed)
-    return [population[places[i]] for i in some_places(len(places), asked, generator)]
+    return [population[places[i]] for i in some_places(len(places), invited, generator)]
 
 
 @lru_cache(maxsize=64)

@@ -64,15 +64,15 @@ def evaluate_clients(run: Run, *, adapt_steps: int = 0, of_shared_model: bool = 
     return _usable(replies, set(names), run)
 
 
-def _usable(replies: Iterable[Reply], asked: Set[str], run: Run) -> list[Measurement]:
-    """The valid measurements of the clients in `asked`, by client name; others are logged and left out."""
+def _usable(replies: Iterable[Reply], expected: Set[str], run: Run) -> list[Measurement]:
+    """The valid measurements of the clients in `expected`, by client name; others are logged and left out."""
     usable: dict[str, Measurement] = {}
     form = run.state.learner.form_of_states()
     for reply in replies:
         match reply:
             case Failure():
                 fault: str | None = reply.reason
-            case Measurement() if reply.client in asked and reply.client not in usable:
+            case Measurement() if reply.client in expected and reply.client not in usable:
                 fault = measurement_fault(reply, run.state.round, form)
                 usable |= {} if fault else {reply.client: reply}
             case _:

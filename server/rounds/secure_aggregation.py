@@ -101,24 +101,24 @@ class SecureRound:
         A client that sends anything malformed is set aside.
         """
         of_sum = self._of_sum
-        asked: SumRequest = KeysRequest(**of_sum)
-        context = context_of(asked)
-        keys = self._keys(self._stage(asked, self.cohort), context)
+        request: SumRequest = KeysRequest(**of_sum)
+        context = context_of(request)
+        keys = self._keys(self._stage(request, self.cohort), context)
         public = {name: as_tensor(advertised) for name, advertised in keys.items()}
         dealt = self._dealt(self._stage(SharesRequest(**of_sum, public_keys=public), sorted(keys)), keys)
         shares = {
             name: {other: content[name] for other, content in dealt.items() if other != name}
             for name in dealt
         }
-        asked = MaskedSumRequest(**of_sum, tensors=self.train.tensors, plan=self.train.plan, shares=shares)
-        masked = self._vectors(self._stage(asked, sorted(dealt)))
+        request = MaskedSumRequest(**of_sum, tensors=self.train.tensors, plan=self.train.plan, shares=shares)
+        masked = self._vectors(self._stage(request, sorted(dealt)))
         self._check(len(masked))
         survivors = tuple(sorted(masked))
         confirmed = self._stage(ConfirmRequest(**of_sum, survivors=survivors), survivors)
         signatures = {n: c["signature"] for n, c in confirmed.items() if self._has(n, c, "signature", None)}
         self._check(len(signatures))
-        asked = RevealRequest(**of_sum, survivors=survivors, signatures=signatures)
-        revealed = self._revealed(self._stage(asked, survivors), dealt)
+        request = RevealRequest(**of_sum, survivors=survivors, signatures=signatures)
+        revealed = self._revealed(self._stage(request, survivors), dealt)
         return unmask_sum(keys, list(dealt), masked, revealed, self.threshold, context), len(masked)
 
     def _keys(self, sent: Mapping[str, Tensors], context: bytes) -> dict[str, bytes]:
@@ -178,8 +178,8 @@ class SecureRound:
 
     def _sum_unmasked(self) -> tuple[Vector, int]:
         """(the sum, the number of clients) without masks, as in simulations: masks would cancel exactly."""
-        asked = UnmaskedSumRequest(**self._of_sum, tensors=self.train.tensors, plan=self.train.plan)
-        vectors = self._vectors(self._stage(asked, self.cohort))
+        request = UnmaskedSumRequest(**self._of_sum, tensors=self.train.tensors, plan=self.train.plan)
+        vectors = self._vectors(self._stage(request, self.cohort))
         self._check(len(vectors))
         return sum_of(vectors.values()), len(vectors)
 
@@ -245,6 +245,6 @@ def scale_of_sum(job: Job, round: int) -> float:
 
 def threshold_of(job: Job, cohort: int) -> int:
     """How many clients must stay: more than two thirds of the cohort, or the job's larger part of it."""
-    asked = job.federation.secure_threshold
+    fraction = job.federation.secure_threshold
     least = least_threshold(cohort)
-    return least if asked is None else max(least, -int(-asked * cohort // 1))
+    return least if fraction is None else max(least, -int(-fraction * cohort // 1))

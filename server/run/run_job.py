@@ -32,11 +32,11 @@ BaselineFn = Callable[[Run], tuple[Baselines, list[str]]]
 
 def server_baselines(run: Run) -> tuple[Baselines, list[str]]:
     """The baselines of a real federation: the model before training, but none that needs pooled data."""
-    asked, baselines, notes = run.setup.job.evaluate.baselines, {}, []
+    wanted, baselines, notes = run.setup.job.evaluate.baselines, {}, []
     test, learner = run.setup.test, run.state.learner
-    if "zero_shot" in asked and test is not None:
+    if "zero_shot" in wanted and test is not None:
         baselines["zero_shot"] = learner.compute(learner.evaluate(run.state.initial_model, test))
-    left_out = [name for name in asked if name not in baselines]
+    left_out = [name for name in wanted if name not in baselines]
     if left_out:
         notes.append(f"baselines left out, for data stays at the sites: {', '.join(left_out)}")
     return baselines, notes

@@ -32,18 +32,18 @@ def selection_rule(job: Job, roster: ClientRoster) -> SelectionRule | None:
             f"federation.selection: {federation.selection!r} needs how many examples each client has, and"
             " none says it; expected 'uniform'"
         )
-    asked = round_up(federation.cohort * federation.over_sampling)
+    invited = round_up(federation.cohort * federation.over_sampling)
     match federation.selection:
         case "by-size":
             return BySize(names, sizes, federation.cohort, job.seed)
         case "power-of-choice":
-            candidates = max(asked, federation.candidates or 2 * federation.cohort)
+            candidates = max(invited, federation.candidates or 2 * federation.cohort)
             chosen = federation.weights is not None
-            return PowerOfChoice(names, sizes, candidates, asked, job.seed, weights_are_chosen=chosen)
+            return PowerOfChoice(names, sizes, candidates, invited, job.seed, weights_are_chosen=chosen)
         case "oort":
             options = federation.oort or OortSection()
             _check_speeds(options, roster)
-            return Oort(names, sizes, asked, job.train, job.seed, options)
+            return Oort(names, sizes, invited, job.train, job.seed, options)
 
 
 def _check_speeds(options: OortSection, roster: ClientRoster) -> None:

@@ -134,9 +134,11 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
 
 
 def _fitting(how: Audit, most: int, what: str) -> int:
-    asked = how.canaries or MIN_CANARIES
-    if asked > most:
-        raise ConfigError(f"canaries: expected {most} at most, for the job has so many {what}, found {asked}")
+    number = how.canaries or MIN_CANARIES
+    if number > most:
+        raise ConfigError(
+            f"canaries: expected {most} at most, for the job has so many {what}, found {number}"
+        )
     return how.canaries or min(how.usual, most)
 
 

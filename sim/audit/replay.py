@@ -122,7 +122,7 @@ def job_to_replay(job: Job) -> Job:
     strategy = job.strategy
     has_own = strategy.keeps_client_state or strategy.keeps_last_model or strategy.makes_clusters
     own_state = strategy.name if has_own else None
-    for key, asked in (
+    for key, value in (
         ("personal.keep", job.personal.keep),
         ("tune.head_init", job.tune.head_init),
         ("tune.then", [stage.method for stage in job.tune.then] or None),
@@ -131,8 +131,8 @@ def job_to_replay(job: Job) -> Job:
         ("train.layer_decay", job.train.layer_decay),
         ("federation.selection", None if job.federation.selection == "uniform" else job.federation.selection),
     ):
-        if asked is not None:
-            raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")
+        if value is not None:
+            raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {value!r}")
     if separation(job) > 1:
         raise ConfigError(
             "privacy.mechanism: a run with 'banded' can't be attacked, for canaries take part in every round"

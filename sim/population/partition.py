@@ -99,8 +99,8 @@ def _brought(row_order: Rows, table: Dataset, rule: OtherPartition, job: Job) ->
 
 def _too_few(count: int, job: Job) -> str:
     if isinstance(job.data.partition, Resampled):
-        asked = job.data.partition.examples
-        return f"data.partition.examples: found {asked}, expected at most the {count} training examples"
+        most = job.data.partition.examples
+        return f"data.partition.examples: found {most}, expected at most the {count} training examples"
     return (
         f"federation.clients: {job.federation.clients} clients cannot share {count} training examples,"
         ' set fewer, or partition = { kind = "resampled", … } so that clients may share examples'

@@ -115,10 +115,10 @@ class Population:
 
         Clients that draw their examples from one table have that table's hash, and so have very many clients.
         """
-        words, assignment = _words(self.keys), self.assignment
+        words, assignment = _as_integers(self.keys), self.assignment
         clients = self.job.federation.clients
         if isinstance(assignment, FixedAssignment) and clients <= MOST_CLIENTS:
-            upto = np.concatenate([_words([bytes(32)]), words[assignment.row_order]]).cumsum(
+            upto = np.concatenate([_as_integers([bytes(32)]), words[assignment.row_order]]).cumsum(
                 0, dtype=np.uint64
             )
             sums = upto[assignment.starts[1:]] - upto[assignment.starts[:-1]]
@@ -126,7 +126,7 @@ class Population:
         else:
             hashes = {"all clients": _in_hex(words.sum(0, dtype=np.uint64))}
         if len(self.test):
-            hashes["the server's test set"] = _in_hex(_words(self.test_keys).sum(0, dtype=np.uint64))
+            hashes["the server's test set"] = _in_hex(_as_integers(self.test_keys).sum(0, dtype=np.uint64))
         return hashes
 
     @cached_property
@@ -154,7 +154,7 @@ class Population:
         return learner.task.shard(self.test, learner.data_info, self.test_keys) if len(self.test) else None
 
 
-def _words(keys: Sequence[bytes]) -> NDArray[np.uint64]:
+def _as_integers(keys: Sequence[bytes]) -> NDArray[np.uint64]:
     """Examples' hashes as numbers of 64 bits, [n, 4], which are added up modulo 2^64."""
     return np.frombuffer(b"".join(keys), dtype="<u8").astype(np.uint64, copy=False).reshape(-1, 4)
 

@@ -217,14 +217,14 @@ def _piece(search: Search, one: TrialResult, tried: Sequence[TrialResult]) -> Wo
 
 def feature_jobs(search: Search) -> list[Job]:
     """The jobs whose features the trials may need: the job's, and with each value that changes them."""
-    asked: list[Mapping[str, str]] = [{}]
+    combinations: list[Mapping[str, str]] = [{}]
     for one in search.space.keys:
         if one.key.startswith("backbone.") or one.key in (
             "tune.method", "train.augment", "train.cached_views", "train.threads",
         ):  # fmt: skip
-            asked += [{one.key: text} for text in one.ends]
+            combinations += [{one.key: text} for text in one.ends]
     jobs = []
-    for texts in asked:
+    for texts in combinations:
         try:
             jobs.append(checked_job(search.base, texts))
         except ConfigError:  # it is none alone; the trials that have it compute what they need

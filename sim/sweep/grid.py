@@ -184,8 +184,8 @@ def _sums_securely(table: Mapping[str, Any]) -> bool:
     federation, privacy = table.get("federation"), table.get("privacy")
     privacy = privacy if isinstance(privacy, dict) else {}
     promises = [privacy, *(of for of in privacy.values() if isinstance(of, dict))]
-    asked = isinstance(federation, dict) and bool(federation.get("secure_aggregation"))
-    return asked or any(promise.get("where") == "distributed" for promise in promises)
+    is_masked = isinstance(federation, dict) and bool(federation.get("secure_aggregation"))
+    return is_masked or any(promise.get("where") == "distributed" for promise in promises)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Planned:
     def description(self) -> str:
         """How a person would name it."""
         fold = [] if self.job.data.folds is None else [f"fold {self.job.data.fold}"]
-        return ", ".join([*_words(self.values), f"seed {self.job.seed}", *fold])
+        return ", ".join([*_set_values(self.values), f"seed {self.job.seed}", *fold])
 
 
 def format_value(value: Any) -> str:
@@ -223,10 +223,10 @@ def format_value(value: Any) -> str:
 
 def combination_words(values: Values) -> str:
     """The values that have a meaning, each with its key."""
-    return ", ".join(_words(values))
+    return ", ".join(_set_values(values))
 
 
-def _words(values: Values) -> list[str]:
+def _set_values(values: Values) -> list[str]:
     return [f"{key} {format_value(value)}" for key, value in values.items() if value is not None]
 
 

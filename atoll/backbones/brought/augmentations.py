@@ -14,6 +14,8 @@ from atoll.protocol.random_streams import stream
 
 TRIES = 8
 """Generators with which an augmentation is tried before a run."""
+TRIED_SAMPLES = 4_000
+"""A quarter of a second."""
 
 
 def augmented_image(
@@ -49,6 +51,28 @@ def augmented_text(text: str, augmentations: Sequence[Extension], draw: torch.Ge
     return text
 
 
+def augmented_sound(
+    samples: torch.Tensor, augmentations: Sequence[Extension], draw: torch.Generator
+) -> torch.Tensor:
+    """A sound's samples, float32 [n], after each of the augmentations, in this order.
+
+    Raises:
+        ConfigError: one raises an error, or returns something else.
+    """
+    for extension in augmentations:
+        changed, expected = _applied(extension, samples.clone(), draw), "a float32 tensor"
+        if not isinstance(changed, torch.Tensor) or changed.dtype != torch.float32:
+            raise _wrong(extension, expected, str(getattr(changed, "dtype", type(changed).__name__)))
+        if changed.shape != samples.shape:
+            raise _wrong(
+                extension, f"samples as many as it was given, {list(samples.shape)}", f"{list(changed.shape)}"
+            )
+        if not torch.isfinite(changed).all():
+            raise _wrong(extension, "samples that are finite", "others")
+        samples = changed
+    return samples
+
+
 def check_draws(extension: Extension) -> None:
     """See whether an augmentation returns the same whenever it is given the same example and generator.
 
@@ -73,6 +97,9 @@ def _tried(extension: Extension, number: int) -> bytes:
     draw = stream(number, "probe", extension.name)
     if extension.of == "texts":
         return augmented_text(f"text {number} of {TRIES}, made up to try this", [extension], draw).encode()
+    if extension.of == "sounds":
+        made_up = torch.rand(TRIED_SAMPLES, generator=stream(number, "probe")) - 0.5
+        return augmented_sound(made_up, [extension], draw).numpy().tobytes()
     noise = torch.randint(256, (32, 32, 3), generator=stream(number, "probe"), dtype=torch.uint8)
     return augmented_image(Image.fromarray(noise.numpy()), [extension], draw).tobytes()
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from atoll.backbones.brought.augmentations import augmented_text
+from atoll.backbones.brought.augmentations import augmented_sound, augmented_text
 from atoll.backbones.brought.loading import check_rows, loaded_as
-from atoll.backbones.brought.modules import ImageBackbone, TextBackbone
+from atoll.backbones.brought.modules import ImageBackbone, SoundBackbone, TextBackbone
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, Encoder, FixedShapeEncoder, Preprocessed, Variation
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.vision import VisionEncoder
+from atoll.data.audio import RATE, checked_sound
 from atoll.errors import ConfigError
 from atoll.job.job import BackboneSection
 from atoll.plugins import BACKBONE_PREFIX, failure_of, in_one_line
@@ -66,14 +68,33 @@ def brought_text_encoder(backbone: Backbone, section: BackboneSection, seed: int
     return encoder
 
 
-class PreparedTexts(FixedShapeEncoder):
-    """Texts, as an extension's module prepares them, to features [batch, width]."""
+def brought_sound_encoder(
+    backbone: Backbone, section: BackboneSection, seed: int, max_seconds: float
+) -> PreparedSounds:
+    """As `brought_image_encoder`, for recordings of at most `max_seconds`.
 
-    model: TextBackbone
+    Raises:
+        ConfigError, WeightsError: as there.
+    """
+    name = f"{BACKBONE_PREFIX}{backbone.name}"
+    network = loaded_as(SoundBackbone, name, backbone.options, seed, backbone.weights)
+    assert isinstance(network, SoundBackbone)
+    encoder = PreparedSounds(network, name, max_seconds)
+    draw = stream(0, "probe")
+    most = int(max_seconds * RATE)
+    sounds = [torch.rand(max(1, int(most * part)), generator=draw) - 0.5 for part in (1, 0.3, 0.7, 0.1)]
+    check_rows(name, encoder, encoder.collate([encoder.ready(one) for one in sounds]), network.width)
+    return encoder
 
-    def __init__(self, network: TextBackbone, name: str) -> None:
+
+class PreparedInputs(FixedShapeEncoder):
+    """Inputs, as an extension's module prepares them one by one, to features [batch, width]."""
+
+    inputs_are: ClassVar[str]
+
+    def __init__(self, network: TextBackbone | SoundBackbone, name: str) -> None:
         super().__init__()
-        self.model = network
+        self.model: Any = network
         self.width = network.width
         self._name = name
 
@@ -83,22 +104,19 @@ class PreparedTexts(FixedShapeEncoder):
         features: torch.Tensor = self.model(batch[INPUT]) if single else self.model(**batch)
         return features
 
-    def preprocess(self, inputs: Sequence[str]) -> list[Batch]:
-        """What `prepare` returns for each, as tensors by name.
+    def ready(self, value: Any) -> Batch:
+        """What `prepare` returns for one input, as tensors by name.
 
         Raises:
             ConfigError: it raises an error, or returns something else.
         """
-        preprocessed: list[Preprocessed] = []
-        for text in inputs:
-            failure = failure_of(lambda text=text: preprocessed.append(self.model.prepare(text)))  # type: ignore[misc]
-            if failure is not None:
-                raise ConfigError(
-                    f"backbone.name: {self._name}.prepare raised {in_one_line(failure)}"
-                ) from failure
-        return [self._named(one) for one in preprocessed]
-
-    def _named(self, prepared: Preprocessed) -> Batch:
+        results: list[Preprocessed] = []
+        failure = failure_of(lambda: results.append(self._prepare(value)))
+        if failure is not None:
+            raise ConfigError(
+                f"backbone.name: {self._name}.prepare raised {in_one_line(failure)}"
+            ) from failure
+        prepared = results[0]
         named = {INPUT: prepared} if isinstance(prepared, torch.Tensor) else prepared
         if not isinstance(named, dict) or not named or not all(map(torch.is_tensor, named.values())):
             raise ConfigError(
@@ -106,6 +124,10 @@ class PreparedTexts(FixedShapeEncoder):
                 f" found {type(prepared).__name__}"
             )
         return named
+
+    def _prepare(self, value: Any) -> Preprocessed:
+        prepared: Preprocessed = self.model.prepare(value)
+        return prepared
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
         """Stacked to [batch, …].
@@ -119,10 +141,19 @@ class PreparedTexts(FixedShapeEncoder):
                 [(name, list(shape)) for name, shape, _ in form] for form in sorted(forms, key=str)[:2]
             )
             raise ConfigError(
-                f"backbone.name: {self._name}.prepare: expected tensors of one shape and type for all texts,"
-                f" found {one} and {other}"
+                f"backbone.name: {self._name}.prepare: expected tensors of one shape and type for all"
+                f" {self.inputs_are}, found {one} and {other}"
             )
         return {name: torch.stack([one[name] for one in ready]) for name in ready[0]}
+
+
+class PreparedTexts(PreparedInputs):
+    """Texts, as an extension's module prepares them."""
+
+    inputs_are = "texts"
+
+    def preprocess(self, inputs: Sequence[str]) -> list[Batch]:
+        return [self.ready(text) for text in inputs]
 
     def prepared(self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None) -> Batch:
         if variation is not None:
@@ -130,3 +161,32 @@ class PreparedTexts(FixedShapeEncoder):
             drawn = ((text, variation.stream(place)) for text, place in pairs)
             inputs = [augmented_text(text, variation.brought, draw) for text, draw in drawn]
         return self.collate(self.preprocess(inputs))
+
+
+class PreparedSounds(PreparedInputs):
+    """Recordings, as bytes of files, as an extension's module prepares their samples."""
+
+    inputs_are = "recordings"
+
+    def __init__(self, network: SoundBackbone, name: str, max_seconds: float) -> None:
+        super().__init__(network, name)
+        self._max_seconds = max_seconds
+
+    def _prepare(self, value: torch.Tensor) -> Preprocessed:
+        prepared: Preprocessed = self.model.prepare(value, self._max_seconds)
+        return prepared
+
+    def preprocess(self, inputs: Sequence[bytes]) -> list[Batch]:
+        return [self.ready(self._samples(data)) for data in inputs]
+
+    def _samples(self, data: bytes) -> torch.Tensor:
+        return torch.from_numpy(checked_sound(data, "audio", self._max_seconds))
+
+    def prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
+        if variation is None:
+            return self.collate(self.preprocess(inputs))
+        pairs = zip(inputs, places, strict=True)
+        drawn = ((self._samples(data), variation.stream(place)) for data, place in pairs)
+        return self.collate(
+            [self.ready(augmented_sound(samples, variation.brought, draw)) for samples, draw in drawn]
+        )

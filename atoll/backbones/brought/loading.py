@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atoll.backbones.brought.modules import ImageBackbone, TextBackbone
+from atoll.backbones.brought.modules import ImageBackbone, SoundBackbone, TextBackbone
 from atoll.backbones.brought.names import BACKBONES, check_brought_backbone, identity, options_for
 from atoll.errors import ConfigError, WeightsError
 from atoll.job.extension_options import checked_options
@@ -21,8 +21,9 @@ from atoll.job.job import BackboneSection
 from atoll.plugins import BACKBONE_PREFIX, Extension, failure_of, in_one_line
 from atoll.protocol.random_streams import global_stream
 
-Kind = type[ImageBackbone] | type[TextBackbone]
-READS: Mapping[Kind, str] = {ImageBackbone: "images", TextBackbone: "texts"}
+Module = ImageBackbone | TextBackbone | SoundBackbone
+"""What a backbone of an extension is."""
+READS: Mapping[type[Module], str] = {ImageBackbone: "images", TextBackbone: "texts", SoundBackbone: "sounds"}
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,7 @@ def _own_weights(extension: Extension) -> tuple[str, Path | None]:
     return f"{extension.origin}, file {path.name}", path
 
 
-def built(
-    extension: Extension, brought_options: Mapping[str, Any], seed: int, file: Path | None
-) -> ImageBackbone | TextBackbone:
+def built(extension: Extension, brought_options: Mapping[str, Any], seed: int, file: Path | None) -> Module:
     """The module in eval mode with its weights, of which nothing but its form has been looked at.
 
     Raises:
@@ -105,10 +104,9 @@ def built(
     if failure is not None:
         raise ConfigError(f"backbone.name: {_called(extension)} raised {in_one_line(failure)}") from failure
     network = made[0]
-    if not isinstance(network, ImageBackbone | TextBackbone):
-        raise _wrong(
-            extension, "an ImageBackbone or a TextBackbone of atoll.backbones", type(network).__name__
-        )
+    if not isinstance(network, Module):
+        bases = "an ImageBackbone, a TextBackbone or a SoundBackbone of atoll.backbones"
+        raise _wrong(extension, bases, type(network).__name__)
     _check_form(extension, network)
     if file is not None:
         from atoll.backbones.checkpoint import (
@@ -120,7 +118,7 @@ def built(
     return network.eval()
 
 
-def _check_form(extension: Extension, network: ImageBackbone | TextBackbone) -> None:
+def _check_form(extension: Extension, network: Module) -> None:
     """Raises ConfigError unless its attributes are what they should be."""
     width = getattr(network, "width", None)
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
@@ -141,8 +139,8 @@ def _check_form(extension: Extension, network: ImageBackbone | TextBackbone) -> 
 
 
 def loaded_as(
-    kind: Kind, name: str, options: Mapping[str, Any], seed: int, file: Path | None
-) -> ImageBackbone | TextBackbone:
+    kind: type[Module], name: str, options: Mapping[str, Any], seed: int, file: Path | None
+) -> Module:
     """The backbone `plugin:NAME` with its weights.
 
     Raises:

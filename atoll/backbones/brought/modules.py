@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from atoll.backbones.encoder import Preprocessed
+from atoll.data.audio import BANDS, frames_of, spectrogram
 
 
 class _Backbone(nn.Module):
@@ -57,3 +59,27 @@ class TextBackbone(_Backbone):
         Names, shapes and dtypes must be the same for every text: pad what is shorter.
         """
         raise NotImplementedError(f"{type(self).__name__}.prepare")
+
+
+class SoundBackbone(_Backbone):
+    """A backbone for recordings: derive from it, set `width` and write `forward`.
+
+    A job names it in `backbone.name`, as `plugin:` and the name under which it is registered. `forward` takes
+    what `prepare` returned for each recording, stacked to [batch, …]: a tensor as its only argument, a
+    dictionary by name. It returns features [batch, width] in float32. A row must depend on its own recording
+    alone, and on no random draw while the module is in eval mode.
+    """
+
+    def prepare(self, samples: torch.Tensor, max_seconds: float) -> Preprocessed:
+        """One recording as a tensor or a dictionary of tensors, without a batch dimension.
+
+        `samples` is float32 [n], one channel at 16 kHz between -1 and 1, and no longer than `max_seconds`
+        (`task.options.max_seconds`). Names, shapes and dtypes must be the same for every recording.
+
+        By default it returns the logarithms of energies [frames, 40] in 40 mel bands, of windows of 25 ms
+        every 10 ms, with mean 0 and deviation 1 over the recording, and zeros behind what is shorter than
+        `max_seconds`.
+        """
+        bands = spectrogram(samples.numpy())
+        frames = frames_of(max_seconds)
+        return torch.cat([bands, bands.new_zeros(max(0, frames - len(bands)), BANDS)])[:frames]

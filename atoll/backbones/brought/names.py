@@ -16,7 +16,8 @@ from atoll.plugins import BACKBONE_PREFIX, BUILT_IN, Extension, Registry
 IMAGE_AUGMENTATIONS = ("crop", "rotate", "flip", "color")
 """In the order in which they are applied, whatever the order in the job."""
 TEXT_AUGMENTATIONS = ("token-dropout",)
-SOUND_AUGMENTATIONS = ("spec-augment",)
+SPEC_AUGMENT = "spec-augment"
+SOUND_AUGMENTATIONS = (SPEC_AUGMENT,)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ AUGMENTATIONS = Registry(
         "flip": Augmentation("left to right, every second time", "images"),
         "color": Augmentation("brightness, contrast, saturation and hue", "images"),
         "token-dropout": Augmentation("a tenth of the tokens hidden", "texts"),
-        "spec-augment": Augmentation("bands and frames of a spectrum hidden (Park 2019)", "sounds"),
+        SPEC_AUGMENT: Augmentation("bands and frames of a spectrum hidden (Park 2019)", "sounds"),
     },
     _of,
 )

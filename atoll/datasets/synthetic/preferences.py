@@ -29,8 +29,8 @@ def generated_preferences(seed: int = 0, count: int = 600) -> dict[str, pa.Table
     while len(pairs) < count:
         reader = int(rng.integers(_READERS))
         thing, place = str(rng.choice(_THINGS, p=tastes[reader])), str(rng.choice(_PLACES))
-        asked, polite, curt = (str(rng.choice(forms)) for forms in (_ASKED, _POLITE, _CURT))
-        row = (asked.format(thing=thing), polite.format(place=place), curt.format(place=place))
+        question, polite, curt = (str(rng.choice(forms)) for forms in (_ASKED, _POLITE, _CURT))
+        row = (question.format(thing=thing), polite.format(place=place), curt.format(place=place))
         pairs.setdefault(row, f"reader-{reader}")
     columns = {
         "prompt": [prompt for prompt, _, _ in pairs],

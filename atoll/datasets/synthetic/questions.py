@@ -31,7 +31,7 @@ _SCHOOLS = 8
 # Below 1: each school asks mostly for a few kinds.
 _SYLLABUS = 0.5
 
-Asked = tuple[str, str, str]
+Question = tuple[str, str, str]
 """(context, question, answer)"""
 
 
@@ -41,7 +41,7 @@ def generated_questions(seed: int = 0, count: int = 3000) -> dict[str, pa.Table]
     There are 1,681 different sums, and with them an end to how many questions can be asked: 10,000.
     """
     rng = np.random.default_rng(stream_seed(seed, "generated-questions"))
-    return cut(_table(_asked(rng, count, tuple(_KINDS), set())))
+    return cut(_table(_drawn_questions(rng, count, tuple(_KINDS), set())))
 
 
 def generated_stories(seed: int = 0, count: int = 10_000) -> dict[str, pa.Table]:
@@ -49,7 +49,7 @@ def generated_stories(seed: int = 0, count: int = 10_000) -> dict[str, pa.Table]
     rng = np.random.default_rng(stream_seed(seed, "generated-stories"))
     elsewhere = pa.concat_tables(generated_questions(seed).values()).to_pylist()
     others = {(row["context"], row["question"], row["answer"]) for row in elsewhere}
-    return cut(_table(_asked(rng, count, ("more", "place", "owned"), others)))
+    return cut(_table(_drawn_questions(rng, count, ("more", "place", "owned"), others)))
 
 
 def generated_choices(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
@@ -87,21 +87,21 @@ def question_words() -> set[str]:
     return {*text.split(), *listed, "question", "context"}
 
 
-def _asked(
-    rng: np.random.Generator, count: int, kinds: tuple[str, ...], others: set[Asked]
-) -> dict[Asked, str]:
+def _drawn_questions(
+    rng: np.random.Generator, count: int, kinds: tuple[str, ...], others: set[Question]
+) -> dict[Question, str]:
     """Different questions with their kinds, none of the others."""
-    asked: dict[Asked, str] = {}
-    while len(asked) < count:
-        kind = kinds[len(asked) % len(kinds)]
+    questions: dict[Question, str] = {}
+    while len(questions) < count:
+        kind = kinds[len(questions) % len(kinds)]
         question = _KINDS[kind](rng)
         if question not in others:
-            asked.setdefault(question, kind)
-    return asked
+            questions.setdefault(question, kind)
+    return questions
 
 
-def _table(asked: dict[Asked, str]) -> pa.Table:
-    rows = [(question, context, answer, kind) for (context, question, answer), kind in asked.items()]
+def _table(questions: dict[Question, str]) -> pa.Table:
+    rows = [(question, context, answer, kind) for (context, question, answer), kind in questions.items()]
     columns = zip(("question", "context", "answer", "kind"), zip(*rows, strict=True), strict=True)
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns})
 
@@ -115,45 +115,45 @@ def _one(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     return words[rng.integers(len(words))]
 
 
-def _sum(rng: np.random.Generator) -> Asked:
+def _sum(rng: np.random.Generator) -> Question:
     a, b = rng.integers(0, 41, 2)
     return "", f"what is {a} plus {b}?", str(a + b)
 
 
-def _difference(rng: np.random.Generator) -> Asked:
+def _difference(rng: np.random.Generator) -> Question:
     b, a = sorted(rng.integers(0, 61, 2))
     return "", f"what is {a} minus {b}?", str(a - b)
 
 
-def _owned(rng: np.random.Generator) -> Asked:
+def _owned(rng: np.random.Generator) -> Question:
     (one, other), things = _two(rng, _NAMES), _one(rng, _THINGS)
     a, b = rng.integers(1, 21, 2)
     colour = _one(rng, _COLOURS)
-    asked, answer = ((one, a), (other, b))[rng.integers(2)]
+    owner, answer = ((one, a), (other, b))[rng.integers(2)]
     context = f"{one} has {a} {colour} {things} and {other} has {b}."
-    return context, f"how many {things} has {asked}?", str(answer)
+    return context, f"how many {things} has {owner}?", str(answer)
 
 
-def _more(rng: np.random.Generator) -> Asked:
+def _more(rng: np.random.Generator) -> Question:
     (one, other), things = _two(rng, _NAMES), _one(rng, _THINGS)
     a, b = rng.choice(np.arange(1, 21), 2, replace=False)
     context = f"{one} has {a} {things} and {other} has {b}."
     return context, f"who has more {things}?", one if a > b else other
 
 
-def _colour(rng: np.random.Generator) -> Asked:
+def _colour(rng: np.random.Generator) -> Question:
     (one, other), (first, second) = _two(rng, _OBJECTS), _two(rng, _COLOURS)
-    asked, answer = ((one, first), (other, second))[rng.integers(2)]
-    return f"The {one} is {first} and the {other} is {second}.", f"what colour is the {asked}?", answer
+    thing, answer = ((one, first), (other, second))[rng.integers(2)]
+    return f"The {one} is {first} and the {other} is {second}.", f"what colour is the {thing}?", answer
 
 
-def _place(rng: np.random.Generator) -> Asked:
+def _place(rng: np.random.Generator) -> Question:
     (one, other), (first, second) = _two(rng, _NAMES), _two(rng, _PLACES)
-    asked, answer = ((one, first), (other, second))[rng.integers(2)]
-    return f"{one} is in the {first} and {other} is in the {second}.", f"where is {asked}?", f"the {answer}"
+    person, answer = ((one, first), (other, second))[rng.integers(2)]
+    return f"{one} is in the {first} and {other} is in the {second}.", f"where is {person}?", f"the {answer}"
 
 
-_KINDS: dict[str, Callable[[np.random.Generator], Asked]] = {
+_KINDS: dict[str, Callable[[np.random.Generator], Question]] = {
     "sum": _sum,
     "difference": _difference,
     "owned": _owned,

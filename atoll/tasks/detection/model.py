@@ -102,7 +102,7 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
 
     size = size_of(job, backbone)
     with global_stream(job.seed, "init", "backbone"):
-        network: Any = _made(backbone, job, size, len(classes) + 1).eval()
+        network: Any = _network_of(backbone, job, size, len(classes) + 1).eval()
     network.transform = GeneralizedRCNNTransform(
         size, size, IMAGENET_MEAN, IMAGENET_STD, fixed_size=(size, size)
     )
@@ -117,7 +117,7 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
     return Detector(encoder, network.get_submodule(head), loaded)
 
 
-def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:
+def _network_of(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:
     """The network with random weights; `classes` includes the background."""
     if (backbone.kind, backbone.name) == ("atoll", DETECTOR):
         options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")

@@ -119,9 +119,9 @@ def load_forecaster(backbone: Backbone, job: Job, options: ForecastOptions) -> F
     """
     columns = 1 + len(options.observed) + len(options.known)
     network, width = _network(backbone, job, options, columns)
-    asked = options.horizon * len(options.quantiles)
+    outputs_per_series = options.horizon * len(options.quantiles)
     with global_stream(job.seed, "init", "head"):
-        head = nn.Linear(width + options.history + options.horizon * len(options.known), asked)
+        head = nn.Linear(width + options.history + options.horizon * len(options.known), outputs_per_series)
     return Forecaster(WindowEncoder(network, width, options), head, options.horizon)
 
 

@@ -23,13 +23,29 @@ class SpokenIntent(Model):
         return scores.unsqueeze(1)
 
 
-def load_spoken_model(backbone: Backbone, job: Job, intents: int, max_seconds: float) -> SpokenIntent:
+class SpokenIntentOfFeatures(Model):
+    """Predicts logits of intents from one vector of features a recording."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The logits, [batch, 1, intents]."""
+        return super().forward(batch).unsqueeze(1)
+
+
+def load_spoken_model(backbone: Backbone, job: Job, intents: int, max_seconds: float) -> Model:
     """The network with its resolved weights and a new head; a recogniser's output layer is dropped.
 
     Raises:
         WeightsError: the network reads no audio, or its weights don't fit.
     """
+    if backbone.kind == "plugin":
+        from atoll.backbones.brought.encoders import brought_sound_encoder  # which not every job needs
+
+        brought = brought_sound_encoder(backbone, job.backbone, job.seed, max_seconds)
+        return SpokenIntentOfFeatures(brought, _head(brought.width, intents, job.seed))
     encoder = load_sound_encoder(backbone, job, max_seconds)
-    with global_stream(job.seed, "init", "head"):
-        head = nn.Linear(encoder.width, intents)
-    return SpokenIntent(encoder, head)
+    return SpokenIntent(encoder, _head(encoder.width, intents, job.seed))
+
+
+def _head(width: int, intents: int, seed: int) -> nn.Linear:
+    with global_stream(seed, "init", "head"):
+        return nn.Linear(width, intents)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from atoll.backbones.brought.names import SOUND_AUGMENTATIONS
+from atoll.backbones.brought.names import SOUND_AUGMENTATIONS, is_brought
 from atoll.backbones.encoder import Model
 from atoll.backbones.options import check_augment, options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
@@ -153,6 +153,10 @@ class Intent(SchemaTask):
             return
         refuse_augment(job)
 
+    def takes_brought_backbone(self, job: Job) -> bool:
+        """Whether inputs are recordings: of a sentence every word needs features of its own."""
+        return options_of(job.task.options, IntentOptions).is_heard
+
     def info_fields_for(self, job: Job) -> Sequence[InfoField]:
         """The fields of intents and of slot tags; with recordings the tags are public."""
         heard = options_of(job.task.options, IntentOptions).is_heard
@@ -282,7 +286,7 @@ class Intent(SchemaTask):
 
 
 def _check_privacy_of_recordings(job: Job) -> None:
-    if job.privacy.unit in ("example", "both"):
+    if job.privacy.unit in ("example", "both") and not is_brought(job.backbone):
         raise ConfigError(
             f"privacy.unit = {job.privacy.unit!r}: a recurrent layer gives no example a gradient of its own"
             " in intent from recordings, expected 'none' or 'client'"

@@ -193,7 +193,7 @@ class LanguageModeling(SchemaTask):
         if self.template is None:
             return [joined(prompt, completion) for prompt, completion in rows]
         return [
-            self.conversation([*asked(prompt), {"role": ASSISTANT, "content": answer}], f"prompt {n}")
+            self.conversation([*user_message(prompt), {"role": ASSISTANT, "content": answer}], f"prompt {n}")
             for n, (prompt, answer) in enumerate(rows, start=1)
         ]
 
@@ -230,7 +230,7 @@ class LanguageModeling(SchemaTask):
     def prompt_tokens(self, text: str, where: str) -> list[int]:
         """The tokens of a prompt, up to where the answer begins; raises as `parse_input`."""
         if self.template is not None:
-            return self.tokens_of(self.template.question(asked(text), where))
+            return self.tokens_of(self.template.question(user_message(text), where))
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
 
@@ -330,7 +330,7 @@ def _check_packing(job: Job) -> None:
         )
 
 
-def asked(prompt: str) -> Messages:
+def user_message(prompt: str) -> Messages:
     """A prompt as a user's message."""
     return [{"role": "user", "content": prompt}]
 

@@ -84,8 +84,8 @@ def _grey(header: Any, stored: np.ndarray, depth: Depth | None) -> np.ndarray:
     slope = float(header.get("RescaleSlope") or 1)
     intercept = float(header.get("RescaleIntercept") or 0)
     values = stored.astype(np.float64) * slope + intercept
-    asked = None if depth is None else depth.window
-    low, high = asked or _window(header, slope, intercept)
+    job_window = None if depth is None else depth.window
+    low, high = job_window or _window(header, slope, intercept)
     unit = np.clip((values - low) / (high - low), 0, 1)
     if header.PhotometricInterpretation == "MONOCHROME1":
         unit = 1 - unit

@@ -182,10 +182,10 @@ class Questions(Schema):
         columns = _choice_columns(rows, data)
         cells = [values_of(rows, name).to_pylist() for name in (question, answer, *columns)]
         places, rows_out = [], []
-        for place, (asked, right, *chosen) in enumerate(zip(*cells, strict=True)):
+        for place, (question_cell, right, *chosen) in enumerate(zip(*cells, strict=True)):
             where = rows.where(place)
             try:
-                rows_out.append(self._row(asked, right, chosen, len(columns) > 1, where))
+                rows_out.append(self._row(question_cell, right, chosen, len(columns) > 1, where))
             except DataError as problem:
                 message = str(problem)
                 diagnostics.error(problem if message.startswith(where) else DataError(f"{where}: {message}"))
@@ -204,10 +204,10 @@ class Questions(Schema):
         return pa.table(table_columns | rest)
 
     def _row(
-        self, asked: Any, answer: Any, cells: Sequence[Any], are_columns: bool, where: str
+        self, question_cell: Any, answer: Any, cells: Sequence[Any], are_columns: bool, where: str
     ) -> tuple[str, list[str], int]:
         """(question, texts of the choices, index of the right one)."""
-        question = optional_text_cell(asked, where)
+        question = optional_text_cell(question_cell, where)
         choices = (
             checked_choices(_without_gaps(cells, where), where)
             if are_columns

@@ -127,7 +127,7 @@ class ChoiceModel(CausalModel):
                 answer["likelihood"] = likelihood[row, : len(texts)].cpu()
                 answer["order"] = batch[_ORDER][row, : len(texts)].tolist()
             if self._options.generated or not texts:
-                answer |= self._words(batch[_PROMPT][row], answer)
+                answer |= self._written_answer(batch[_PROMPT][row], answer)
             answers.append(answer)
         return answers, surprise
 
@@ -144,7 +144,7 @@ class ChoiceModel(CausalModel):
         scored = surprise.to(torch.float64) * batch[_SCORED]
         return -scored.sum(2).view(count, most), surprise[:, 0]
 
-    def _words(self, prompt: torch.Tensor, answer: dict[str, Any]) -> dict[str, Any]:
+    def _written_answer(self, prompt: torch.Tensor, answer: dict[str, Any]) -> dict[str, Any]:
         """The text that the model writes, and the index in the batch of the choice that it means."""
         if not answer["fits"]:
             return {"written": "", "said": -1}

@@ -32,7 +32,7 @@ from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.data import ASSISTANT
 from atoll.tasks.language_modeling.options import LanguageOptions
-from atoll.tasks.language_modeling.task import LanguageModeling, asked
+from atoll.tasks.language_modeling.task import LanguageModeling, user_message
 from atoll.tasks.language_modeling.template import Rendered, Span, joined
 from atoll.tasks.multiple_choice.data import LETTERS, QUESTIONS, choices_cell
 from atoll.tasks.multiple_choice.model import Choice, ChoiceModel, prepared_question
@@ -148,7 +148,7 @@ class MultipleChoice(LanguageModeling):
         if self.template is None:
             rendered = joined(prompt, f" {text}")
             return rendered, rendered.learnt[0]
-        rendered = self.conversation([*asked(prompt), {"role": ASSISTANT, "content": text}], where)
+        rendered = self.conversation([*user_message(prompt), {"role": ASSISTANT, "content": text}], where)
         ((begin, end),) = rendered.learnt
         place = rendered.text.find(text, begin, end)
         if place < 0:

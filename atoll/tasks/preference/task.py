@@ -28,7 +28,7 @@ from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.data import ASSISTANT, Messages
 from atoll.tasks.language_modeling.options import LanguageOptions
-from atoll.tasks.language_modeling.task import LanguageModeling, asked
+from atoll.tasks.language_modeling.task import LanguageModeling, user_message
 from atoll.tasks.language_modeling.template import Rendered, Tokens, joined, whole
 from atoll.tasks.preference.data import PREFERENCES
 from atoll.tasks.preference.model import PairModel, prepared_pair
@@ -110,7 +110,7 @@ class Preference(LanguageModeling):
             return whole(answer)
         if self.template is None:
             return joined(prompt, answer)
-        return self._answered(asked(prompt), [{"role": ASSISTANT, "content": answer}], where)
+        return self._answered(user_message(prompt), [{"role": ASSISTANT, "content": answer}], where)
 
     def _answered(self, before: Messages, messages: Messages, where: str) -> Rendered:
         """A conversation in which only the assistant's turns after `before` are trained on."""

@@ -189,7 +189,7 @@ class Segmentation(SchemaTask):
                 encoder, segformer.decode_head, pretrained_names(segformer, "decode_head", backbone)
             )
         with global_stream(job.seed, "init", "backbone"):
-            network = _made(backbone, job, len(data_info["classes"])).eval()
+            network = _network_of(backbone, job, len(data_info["classes"])).eval()
         loaded: frozenset[str] = frozenset()
         if backbone.weights is None:
             calibrate_batch_norm(network, size, job.seed, pictures=noise_pictures(job, size))
@@ -268,7 +268,7 @@ def _image(cell: Mapping[str, Any]) -> bytes:
     return file_bytes(cell, "image")
 
 
-def _made(backbone: Backbone, job: Job, classes: int) -> nn.Module:
+def _network_of(backbone: Backbone, job: Job, classes: int) -> nn.Module:
     """The network with random weights."""
     if (backbone.kind, backbone.name) == ("atoll", SEGMENTER):
         options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")

@@ -115,8 +115,8 @@ def _letters_in(transcripts: Iterable[str]) -> set[str]:
 
 def _info_of(letters: Iterable[str]) -> DataInfo:
     """The data info with these letters; empty if there are none, as in runs by older versions."""
-    found = sorted(letters)
-    return {"letters": found} if found else {}
+    in_order = sorted(letters)
+    return {"letters": in_order} if in_order else {}
 
 
 def _transcript(cell: Any, where: str) -> str:
@@ -169,7 +169,7 @@ class SpeechRecognition(SchemaTask):
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
         """A line about letters that the output layer lacks, or has only from the data, if any."""
-        given = options_of(options, SpeechOptions).letters
+        job_letters = options_of(options, SpeechOptions).letters
         table = self.read(source, data, options)
         transcripts = [
             normalize_transcript(text)
@@ -177,9 +177,9 @@ class SpeechRecognition(SchemaTask):
             if part is not None
             for text in part["transcript"]
         ]
-        known, present = letters_of(backbone, given), _letters_in(transcripts)
+        known, present = letters_of(backbone, job_letters), _letters_in(transcripts)
         lost = known.unwritten(transcripts)
-        if lost and letters_of(backbone, given, present) != known:
+        if lost and letters_of(backbone, job_letters, present) != known:
             others = "".join(sorted(present - known.numbers.keys()))
             return (
                 f"letters besides the English ones: {others!r}; learnt where no privacy is promised, else"

@@ -96,10 +96,10 @@ def _paired(table: pa.Table) -> pa.Table:
     if "question" not in table.column_names:
         return table
     contexts = table.column("context").to_pylist() if "context" in table.column_names else [""] * len(table)
-    asked = [prompt(*pair) for pair in zip(table.column("question").to_pylist(), contexts, strict=True)]
+    sources = [prompt(*pair) for pair in zip(table.column("question").to_pylist(), contexts, strict=True)]
     rest = table.drop_columns([name for name in ("question", "context") if name in table.column_names])
     names = ["target" if name == "answer" else name for name in rest.column_names]
-    return rest.rename_columns(names).append_column("source", pa.array(asked, pa.string()))
+    return rest.rename_columns(names).append_column("source", pa.array(sources, pa.string()))
 
 
 TEXT_TO_TEXT = TextToText()

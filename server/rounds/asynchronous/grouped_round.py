@@ -79,11 +79,11 @@ class GroupedRound(AsynchronousRound):
         for client in done:
             self.done_at.setdefault(client, now)
         flights.by_client = {
-            client: self._seen(client, flight) for client, flight in flights.by_client.items()
+            client: self._landed(client, flight) for client, flight in flights.by_client.items()
         }
         return flights.groups.next_merge(flights.by_client)[1] <= now
 
-    def _seen(self, client: str, flight: Flight) -> Flight:
+    def _landed(self, client: str, flight: Flight) -> Flight:
         return replace(flight, lands=self.done_at.get(client, math.inf))
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
