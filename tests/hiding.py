@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, DistributionFinder, distributions, requires
 from pathlib import Path
@@ -65,13 +66,22 @@ def hiding_environment(folder: Path, packages: frozenset[str]) -> dict[str, str]
 def modules_of(packages: frozenset[str]) -> set[str]:
     """The modules that these packages have and no other one: of shared namespaces the part below."""
     mine, others = set[str](), set[str]()
+    for name, modules in _modules().items():
+        (mine if name in packages else others).update(modules)
+    return mine - others
+
+
+@cache
+def _modules() -> dict[str, set[str]]:
+    """By package: its modules down to the third level."""
+    found: dict[str, set[str]] = {}
     for one in distributions():
-        found = mine if normal(one.name) in packages else others
+        own = found.setdefault(normal(one.name), set())
         for file in one.files or ():
             parts = [part.partition(".")[0] for part in file.parts[:3]]
             if file.suffix in (".py", ".so") and ".." not in file.parts:
-                found.update(".".join(parts[: i + 1]) for i in range(len(parts)))
-    return mine - others
+                own.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    return found
 
 
 def closure(lines: Iterable[str]) -> frozenset[str]:

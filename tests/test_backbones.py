@@ -367,7 +367,13 @@ def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     script = (
-        "from tests.test_backbones import *\n"
+        "from tests.small import grey_png_shard\n"
+        "from atoll.backbones.extract import extract\n"
+        "from atoll.backbones.resolve import resolve\n"
+        "from atoll.backbones.vision import load_vision_encoder\n"
+        "from atoll.errors import ConfigError\n"
+        "from atoll.job.job import BackboneSection\n"
+        "from atoll.learning.compiled import CompiledEncoder\n"
         "section = BackboneSection(name='raw:pixels', image_size=8)\n"
         "encoder = CompiledEncoder(load_vision_encoder(resolve(section, 1), section, 1))\n"
         "try:\n"

@@ -105,7 +105,7 @@ def test_a_classifier_that_goes_on_from_a_run_keeps_its_statistics(tmp_path: Pat
             "name": "digits",
             "seed": 5,
             "task": {"name": "image-classification"},
-            "data": few_pictures(),
+            "data": few_pictures(24),
             "backbone": backbone,
             "tune": {"method": "full"},
             "train": {"lr": 0.001},

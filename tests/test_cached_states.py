@@ -434,7 +434,7 @@ def test_private_training_has_the_same_bits_with_the_cache_and_without(
 def test_engines_worker_processes_and_a_resumed_run_agree(folders: dict[str, Path], tmp_path: Path) -> None:
     job = job_of(folders, "preference")
     table = {"data": {"source": str(tmp_path / "data")}}
-    rows = PREFERENCE.schema.adopted(generated_preferences(0, 16)).train
+    rows = PREFERENCE.schema.adopted(generated_preferences(0, 8)).train
     PREFERENCE.write(rows, tmp_path / "data", job.data)
     job = Job.parse(job.model_dump(mode="json", exclude_defaults=True) | table, origin="test")
     found = {

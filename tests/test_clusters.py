@@ -112,7 +112,9 @@ def test_two_groups_that_label_otherwise_each_get_a_model_that_is_right(tmp_path
     attack = {"kind": "label-flip", "clients": 4}
     mean = {}
     for name in ("fedavg", "ifca"):
-        setting = of_pixels(federation, data=data, strategy={"name": name}, attack=attack)
+        setting = of_pixels(
+            federation, data=data, strategy={"name": name}, attack=attack, evaluate={"every": 8}
+        )
         result = run(setting, tmp_path / name)
         mean[name] = np.mean([m["accuracy"] for m in result.final["clients"].values()])
     assert sorted(len(names) for names in result.rounds[-1]["clusters"]) == [4, 4]

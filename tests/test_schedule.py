@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {"clients": 3, "cohort": 2, "rounds": 4}
 
 def scheduled(tune: dict[str, Any] = GROWING, **tables: Any) -> Job:
     tables = {"federation": SMALL, "train": {"lr": 0.02}} | tables
-    return job(**tables | {"tune": tune, "data": few_pictures() | tables.get("data", {})})
+    return job(**tables | {"tune": tune, "data": few_pictures(45) | tables.get("data", {})})
 
 
 def run(job: Job, out: Path, **options: Any) -> RunResult:

@@ -208,7 +208,7 @@ def test_the_metric_over_clients_is_that_of_all_data() -> None:
 
 def test_training_beats_the_untrained_network() -> None:
     lraspp = {"name": "torchvision:lraspp_mobilenet_v3_large", "weights": "random", "image_size": 64}
-    many = {"lr": 0.001, "batch_size": 4, "optimizer": "adam", "epochs": 16}
+    many = {"lr": 0.002, "batch_size": 4, "optimizer": "adam", "epochs": 8}
     learner, shard = prepared(job(backbone=lraspp, train=many))
     before = learner.initial()
     update = train_model(learner, before, shard, learner.job, client="a", round=1, plan={})

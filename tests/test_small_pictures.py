@@ -30,12 +30,12 @@ CLASSES = {
 
 @cache
 def drawn(task: str, source: str) -> TemporaryDirectory[str]:
-    """A folder with 36 of the source's pictures, written once, which goes when the tests are over."""
+    """A folder with 16 of the source's pictures, written once, which goes when the tests are over."""
     folder = TemporaryDirectory(prefix="drawn-")
     make = {"generated-shapes": generated_shapes, "generated-street": generated_street}[source]
     job = job_of(task, source, data={"source": source})
     own = task_named(task)
-    own.write(own.from_builtin({"train": make(0, 45)["train"]}, job).train, Path(folder.name, "d"), job.data)
+    own.write(own.from_builtin({"train": make(0, 20)["train"]}, job).train, Path(folder.name, "d"), job.data)
     return folder
 
 

@@ -60,7 +60,8 @@ def of_eight(name: str, **tables: Any) -> Job:
 
 @pytest.mark.parametrize("name", (*NEW, "diloco"))
 def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path, name: str) -> None:
-    setting = of_eight(name)
+    few = few_pictures(160, classes=4) | {"partition": {"kind": "dirichlet", "alpha": 0.5}}
+    setting = of_eight(name, data=few, evaluate={"every": 3})
     whole = run(setting, tmp_path / "whole").model_sha256
     assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole
     population, (_, memory) = Population.of(setting), books_in(tmp_path / "r")
@@ -129,7 +130,7 @@ def accuracy(name: str, options: dict[str, Any], out: Path) -> float:
     federation = {"clients": 11, "quorum": 1.0, "rounds": 10}
     strategy = {"name": name} | ({"options": options} if options else {})
     data = {"source": "digits", "partition": {"kind": "iid"}}
-    setting = of_pixels(federation, data=data, strategy=strategy)
+    setting = of_pixels(federation, data=data, strategy=strategy, evaluate={"every": 10})
     population = Population.of(setting)
     result = run_job(setting, Hostile.of(population), out, cached_test_set(population, None), report=False)
     return float(result.rounds[-1]["metrics"]["accuracy"])

@@ -101,7 +101,7 @@ def test_the_command_line_shares_out_the_cores_and_ends_in_the_same_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("atoll.sim.engines.engine.default_workers", lambda job, engine: 2)
-    few = {"data": few_pictures(), "federation": {"clients": 2, "rounds": 1}}
+    few = {"data": few_pictures(24), "federation": {"clients": 2, "rounds": 1}}
     job = image_job("squeezenet1_1", tune={"method": "full"}, **few)
     found = []
     for name, options in {"said": ["--workers", "1"], "unsaid": []}.items():
@@ -115,7 +115,7 @@ def test_the_command_line_shares_out_the_cores_and_ends_in_the_same_bits(
 
 
 SMALL: dict[str, Any] = {
-    "data": few_pictures(225),
+    "data": few_pictures(90),
     "tune": {"method": "full"},
     "federation": {"clients": 6, "cohort": 4, "rounds": 3},
     "evaluate": {"every": 3},
