@@ -20,7 +20,7 @@ from atoll.cli.main import run as command_line
 from atoll.kit.kit import ServerKit
 from atoll.server.deploy.connection_limits import SAY_AGAIN_SECONDS
 from atoll.server.deploy.heard import KEY_HEADER, SILENT_SECONDS, LastHeard, key_of_file
-from atoll.server.deploy.serve import _Server
+from atoll.server.deploy.serve import WATCH_SECONDS, _Server
 from atoll.server.deploy.status import Federation, answering
 from atoll.system.audit_file import FILE
 from tests.clock import TurnedClock
@@ -142,3 +142,40 @@ def test_status_says_so(kit: ServerKit, capsys: pytest.CaptureFixture[str]) -> N
     with answering(kit.state, lambda: replace(stands, silent={})):
         assert command_line(["status", "--server", str(kit.folder)]) == 0
     assert "silent" not in capsys.readouterr().out
+
+
+def test_a_server_without_runs_asks_half_as_often_and_hears_of_silent_sites_as_soon(
+    kit: ServerKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    going_on: set[int] = set()
+    health: Any = SimpleNamespace(serving=lambda: None, not_serving=said.append, going_on=going_on)
+    monkeypatch.setattr("atoll.server.deploy.serve.import_first", lambda *modules: None)
+    seconds, asked, clock = iter([False] * 20 + [True]), [0], TurnedClock()
+
+    def wait(pause: float) -> bool:
+        clock.now += pause
+        return next(seconds)
+
+    def nodes() -> list[Any]:
+        asked[0] += 1
+        return [SimpleNamespace(name=name, online=True) for name in kit.sites]
+
+    server = _Server(kit, 20_001, said.append, SimpleNamespace(wait=wait), health, "here")  # type: ignore[arg-type]
+    server.last_heard = LastHeard(clock.monotonic)
+    for name in kit.sites:
+        server.last_heard.heard(header_of(kit, name))
+    alive: Any = SimpleNamespace(running=True)
+    monkeypatch.setattr(server, "superlink", alive)
+    monkeypatch.setattr(server, "superexec", alive)
+    monkeypatch.setattr(server, "_look_at_runs", lambda: None)
+    monkeypatch.setattr(server, "control", SimpleNamespace(nodes=nodes))
+    told_at, start = dict[str, float](), clock.now
+    server.tell = lambda line: told_at.setdefault(line, clock.now - start)
+    server.watch()
+    assert asked[0] in (10, 11)  # the first look, and every second one
+    assert told_at["north is silent: nothing was heard of it for 8 s"] <= SILENT_SECONDS + WATCH_SECONDS
+    going_on.add(1)
+    seconds, asked[0] = iter([False] * 20 + [True]), 0
+    server.watch()
+    assert asked[0] == 20

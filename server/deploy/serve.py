@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 90.0
 WATCH_SECONDS = 1.0
+IDLE_LOOKS = 2
+"""A server without a run asks the SuperLink for its sites and runs at every second look: answers are dear."""
 LONGEST_PAUSE = 30.0
 DAY_SECONDS = 86_400.0
 
@@ -119,6 +121,8 @@ class _Server:
     health: Health
     health_address: str
     online: set[str] = field(default_factory=set)
+    answered: bool = False
+    """Whether the SuperLink answered at the last look."""
     pause: float = 1.0
     written: tuple[float, ...] = ()
     """The modification times of the kit's table and of the folder of the sites' keys."""
@@ -137,7 +141,7 @@ class _Server:
         new_token(self.kit)
         env = environment(
             self.kit.state / "flwr",
-            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5",
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="1",
             **{TOKEN_FILE: str(token_path(self.kit))},
         )
         title = f"{self.kit.folder} {self.superlink_address}"
@@ -190,12 +194,17 @@ class _Server:
 
     def watch(self) -> None:
         """Restart processes that end, and report sites that come and go, until the server is to stop."""
+        looks = 0
         while not self.stop.wait(WATCH_SECONDS):
+            looks += 1
             for child in (self.superlink, self.superexec):
                 if not child.running:
                     self._restart(child)
             self._follow_kit()
-            self._look_around()
+            if self.health.going_on or not self.answered or looks % IDLE_LOOKS == 0:
+                self._look_around()
+            else:
+                self._tell_silent()
             self._look_at_certificates()
 
     def _look_at_certificates(self) -> None:
@@ -251,8 +260,10 @@ class _Server:
             online = {node.name for node in self.control.nodes() if node.online}
             self._look_at_runs()
         except JobError as error:
+            self.answered = False
             self.health.not_serving(str(error))
             return
+        self.answered = True
         if self.superlink.running and self.superexec.running:
             self.health.serving()
         self.pause = 1.0
