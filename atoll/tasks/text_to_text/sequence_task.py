@@ -103,12 +103,12 @@ class SequenceTask(SchemaTask):
         parts = [part for part in (table.train, table.test) if part is not None]
         bound, tokenizer = self.with_options(options), answer_tokenizer(backbone)
         read = min(BackboneSection(name=backbone.name).max_tokens, tokenizer.model_max_length)
-        texts = [prompt for part in parts for prompt in map(bound.prompts(part), range(len(part)))]
+        prompts = [prompt for part in parts for prompt in map(bound.prompts(part), range(len(part)))]
         texts = [text for part in parts for text in part[self.target][:]]
-        long = sum(len(ids) > read for ids in tokenizer(texts)["input_ids"])
+        long = sum(len(ids) > read for ids in tokenizer(prompts)["input_ids"])
         cut = sum(len(ids) > bound.most for ids in tokenizer(text_target=texts)["input_ids"])
         return (
-            f"{long} of {len(texts)} inputs are longer than {read} tokens (backbone.max_tokens) and are cut",
+            f"{long} of {len(prompts)} inputs are longer than {read} tokens (backbone.max_tokens) and are cut",
             f"{cut} of {len(texts)} targets are longer than {bound.most} tokens: what follows is not learnt",
         )
 
