@@ -56,7 +56,7 @@ class Column:
     value: Callable[[bytes], Any] | None = None
     """Of a column of files: what `row` has of a file's bytes, which `read` has found to be good."""
     picture: Picture | None = None
-    """Of a column of pictures: what checks their bytes in place of `read`, and remarks what decoding loses."""
+    """Of a column of pictures: what checks their bytes instead of `read`, and remarks what decoding loses."""
 
     def of_cell(self, cell: Any) -> Any:
         """What `row` has of a stored cell: of a file what it holds, else the cell itself."""

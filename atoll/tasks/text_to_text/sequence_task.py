@@ -108,7 +108,8 @@ class SequenceTask(SchemaTask):
         long = sum(len(ids) > read for ids in tokenizer(prompts)["input_ids"])
         cut = sum(len(ids) > bound.most for ids in tokenizer(text_target=texts)["input_ids"])
         return (
-            f"{long} of {len(prompts)} inputs are longer than {read} tokens (backbone.max_tokens) and are cut",
+            f"{long} of {len(prompts)} inputs are longer than {read} tokens (backbone.max_tokens) and are"
+            " cut",
             f"{cut} of {len(texts)} targets are longer than {bound.most} tokens: what follows is not learnt",
         )
 
