@@ -20,9 +20,10 @@ pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 
 def test_sites_and_servers_that_die_or_come_late_cost_no_bit(ring: Ring) -> None:  # rows 2, 3, 4, 37, 39
-    """One run: a site dies at work and at its upload, then the ServerApp, then the whole server ends.
+    """One run: a site dies at work and at its upload, then with the ServerApp, then the whole server ends.
 
-    Nobody does anything about it but to start the server again, as systemd would.
+    Nobody does anything about it but to start the server again, as systemd would. While the site is away the
+    run's next process waits for it, so that the server's end finds it there.
     """
     setting = job("killed", federation={"rounds": 3})
     federation, out = ring.whole(), ring.federation.folder / "killed"
@@ -35,16 +36,18 @@ def test_sites_and_servers_that_die_or_come_late_cost_no_bit(ring: Ring) -> None
     ring.alone().kill()
     ring.alone()
     wait_until(lambda: len(rounds_of(out)) >= 2, "two rounds")
+    ring.alone().kill()
     os.kill(federation.pid_of("flwr-serverapp"), signal.SIGKILL)
     submitted.says("died; it goes on as run")
     assert status(federation.server).runs[1].details.startswith("goes on as run")
 
-    assert ring.alone().end() == 0
+    waiting = "2 of 3 clients are here: client-0001, client-0002"
+    submitted.says(waiting)
     assert federation.running["server"].end() == 0
     assert not (out / "result.json").exists()
     federation.serve().says("died; it goes on as run")
     federation.wait_online("pair")
-    submitted.says("2 of 3 clients are here: client-0001, client-0002")
+    wait_until(lambda: submitted.text().count(waiting) == 2, "a third process that waits")
     held[1].unlink()
     ring.alone()
     assert submitted.ends() == 0, submitted.text()
