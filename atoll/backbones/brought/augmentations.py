@@ -60,9 +60,10 @@ def augmented_sound(
         ConfigError: one raises an error, or returns something else.
     """
     for extension in augmentations:
-        changed, expected = _applied(extension, samples.clone(), draw), "a float32 tensor"
+        changed = _applied(extension, samples.clone(), draw)
         if not isinstance(changed, torch.Tensor) or changed.dtype != torch.float32:
-            raise _wrong(extension, expected, str(getattr(changed, "dtype", type(changed).__name__)))
+            kind = getattr(changed, "dtype", type(changed).__name__)
+            raise _wrong(extension, "a float32 tensor", str(kind))
         if changed.shape != samples.shape:
             raise _wrong(
                 extension, f"samples as many as it was given, {list(samples.shape)}", f"{list(changed.shape)}"

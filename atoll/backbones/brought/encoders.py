@@ -18,7 +18,7 @@ from atoll.backbones.vision import VisionEncoder
 from atoll.data.audio import RATE, checked_sound
 from atoll.errors import ConfigError
 from atoll.job.job import BackboneSection
-from atoll.plugins import BACKBONE_PREFIX, failure_of, in_one_line
+from atoll.plugins import BACKBONE_PREFIX, Extension, failure_of, in_one_line
 from atoll.protocol.random_streams import stream
 
 INPUT = "input"
@@ -125,6 +125,26 @@ class PreparedInputs(FixedShapeEncoder):
             )
         return named
 
+    def preprocess(self, inputs: Sequence[Any]) -> list[Batch]:
+        return [self.ready(self._value(one)) for one in inputs]
+
+    def prepared(self, inputs: Sequence[Any], places: Sequence[int], variation: Variation | None) -> Batch:
+        values = [self._value(one) for one in inputs]
+        if variation is not None:
+            pairs = zip(values, places, strict=True)
+            values = [
+                self._varied(value, variation.brought, variation.stream(place)) for value, place in pairs
+            ]
+        return self.collate([self.ready(value) for value in values])
+
+    def _value(self, one: Any) -> Any:
+        """What augmentations and `prepare` take of an input."""
+        return one
+
+    def _varied(self, value: Any, augmentations: Sequence[Extension], draw: torch.Generator) -> Any:
+        """The value after these augmentations."""
+        raise NotImplementedError
+
     def _prepare(self, value: Any) -> Preprocessed:
         prepared: Preprocessed = self.model.prepare(value)
         return prepared
@@ -152,15 +172,8 @@ class PreparedTexts(PreparedInputs):
 
     inputs_are = "texts"
 
-    def preprocess(self, inputs: Sequence[str]) -> list[Batch]:
-        return [self.ready(text) for text in inputs]
-
-    def prepared(self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None) -> Batch:
-        if variation is not None:
-            pairs = zip(inputs, places, strict=True)
-            drawn = ((text, variation.stream(place)) for text, place in pairs)
-            inputs = [augmented_text(text, variation.brought, draw) for text, draw in drawn]
-        return self.collate(self.preprocess(inputs))
+    def _varied(self, value: str, augmentations: Sequence[Extension], draw: torch.Generator) -> str:
+        return augmented_text(value, augmentations, draw)
 
 
 class PreparedSounds(PreparedInputs):
@@ -172,21 +185,14 @@ class PreparedSounds(PreparedInputs):
         super().__init__(network, name)
         self._max_seconds = max_seconds
 
+    def _value(self, one: bytes) -> torch.Tensor:
+        return torch.from_numpy(checked_sound(one, "audio", self._max_seconds))
+
+    def _varied(
+        self, value: torch.Tensor, augmentations: Sequence[Extension], draw: torch.Generator
+    ) -> torch.Tensor:
+        return augmented_sound(value, augmentations, draw)
+
     def _prepare(self, value: torch.Tensor) -> Preprocessed:
         prepared: Preprocessed = self.model.prepare(value, self._max_seconds)
         return prepared
-
-    def preprocess(self, inputs: Sequence[bytes]) -> list[Batch]:
-        return [self.ready(self._samples(data)) for data in inputs]
-
-    def _samples(self, data: bytes) -> torch.Tensor:
-        return torch.from_numpy(checked_sound(data, "audio", self._max_seconds))
-
-    def prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
-        if variation is None:
-            return self.collate(self.preprocess(inputs))
-        pairs = zip(inputs, places, strict=True)
-        drawn = ((self._samples(data), variation.stream(place)) for data, place in pairs)
-        return self.collate(
-            [self.ready(augmented_sound(samples, variation.brought, draw)) for samples, draw in drawn]
-        )
