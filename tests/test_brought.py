@@ -6,7 +6,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,13 @@ from atoll.server.job_checks import check_simulated
 from atoll.server.run.test_set import read_source
 from atoll.tasks import task_named
 from tests.processes import python
-from tests.test_extend import FILES, result_of, say
+from tests.test_extend import FILES, result_of, say, without_extensions
 
 
 @pytest.fixture(autouse=True)
-def no_extensions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What extensions a test brings is gone after it."""
-    monkeypatch.setattr(registry, "_brought", {kind: {} for kind in plugins.GROUPS})
-    monkeypatch.setattr(registry, "_searched", set())
-    monkeypatch.setattr(plugin_files, "_files", {})
-    yield
+    without_extensions(monkeypatch)
 
 
 @pytest.fixture

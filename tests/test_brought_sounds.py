@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,19 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.plugins import plugin_files, registry
 from atoll.protocol.random_streams import stream
 from atoll.tasks import task_named
 from tests.models import small_wav2vec2
-from tests.test_extend import FILES, result_of, say
+from tests.test_extend import FILES, result_of, say, without_extensions
 from tests.test_private_training import by_hand, private
 
 RATE = 16_000
 
 
 @pytest.fixture(autouse=True)
-def no_extensions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What extensions a test brings is gone after it."""
-    monkeypatch.setattr(registry, "_brought", {kind: {} for kind in plugins.GROUPS})
-    monkeypatch.setattr(registry, "_searched", set())
-    monkeypatch.setattr(plugin_files, "_files", {})
-    yield
+    without_extensions(monkeypatch)
 
 
 @pytest.fixture

@@ -36,6 +36,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def without_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No extension is registered, and those that the test brings are gone after it."""
+    monkeypatch.setattr(registry, "_brought", {kind: {} for kind in plugins.GROUPS})
+    monkeypatch.setattr(registry, "_searched", set())
+    monkeypatch.setattr(plugin_files, "_files", {})
+
+
 def say(folder: Path, line: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """A command line of the page, run in the folder: (exit code, output, errors)."""
     program, *arguments = shlex.split(line)
@@ -177,9 +184,7 @@ def test_an_installed_package_needs_no_plugin_option(
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What extensions this test brings is gone after it."""
-    monkeypatch.setattr(registry, "_brought", {kind: {} for kind in plugins.GROUPS})
-    monkeypatch.setattr(registry, "_searched", set())
-    monkeypatch.setattr(plugin_files, "_files", {})
+    without_extensions(monkeypatch)
     yield
     sys.modules.pop("median", None)
 
