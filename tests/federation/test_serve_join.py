@@ -246,8 +246,12 @@ def test_a_copy_of_a_kit_is_refused_while_its_site_is_connected(ring: Ring) -> N
         "client-0000 asked from 127.0.0.1 to connect while it is connected"
     )
     assert second.end() == 0
-    lines = [json.loads(line) for line in (ring.federation.server / "state" / FILE).read_text().splitlines()]
-    assert {"asked": "connection", "decision": "refused", "site": "client-0000"}.items() <= lines[-1].items()
+    refused = {"asked": "connection", "decision": "refused", "site": "client-0000"}
+    logged = ring.federation.server / "state" / FILE
+    wait_until(
+        lambda: refused.items() <= json.loads(logged.read_text().splitlines()[-1]).items(),
+        "a line in its log",
+    )
     assert "client-0000" in ring.federation.online()
 
 
