@@ -197,7 +197,7 @@ class Tracking:
         self._each(lambda tracker: tracker.close())
 
     def _begin(self, after: int) -> None:
-        settings = dict(words_of(self.job.model_dump(mode="json"), "job"))
+        settings = dict(settings_by_path(self.job.model_dump(mode="json"), "job"))
         for name in self.names:
             self.places[name] = name
             try:
@@ -251,11 +251,11 @@ def numbers_of(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str,
             yield name, float(value)
 
 
-def words_of(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
+def settings_by_path(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
     """Every setting of a job that there is, by its path."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from words_of(value, f"{path}.{key}")
+            yield from settings_by_path(value, f"{path}.{key}")
         elif value is not None:
             yield f"{path}.{key}", str(value)
 

@@ -46,7 +46,7 @@ def run(merge: str, seed: int) -> RunResult:
         return simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
 
 
-def in_words(values: Sequence[float], digits: int = 1) -> str:
+def mean_and_interval(values: Sequence[float], digits: int = 1) -> str:
     """A mean and its interval."""
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
@@ -65,8 +65,8 @@ def main(names: Sequence[str]) -> None:
     for name in names or MERGES:
         found = [run(name, seed) for seed in SEEDS]
         sizes = (f"{found[0][key] / 1e6:.1f}" for key in ("bytes_up", "bytes_down"))
-        accuracy = in_words([100 * result["final"]["server"]["accuracy"] for result in found])
-        error = in_words([relative_error(result) for result in found], 2)
+        accuracy = mean_and_interval([100 * result["final"]["server"]["accuracy"] for result in found])
+        error = mean_and_interval([relative_error(result) for result in found], 2)
         sys.stdout.write(f"| {name} | {accuracy} | {error} | {' | '.join(sizes)} |\n")
         sys.stdout.flush()
 

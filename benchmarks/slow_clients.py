@@ -22,7 +22,7 @@ from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import client_names
-from benchmarks.unlike_shards import SEEDS, in_words
+from benchmarks.unlike_shards import SEEDS, mean_and_interval
 
 CLIENTS, BATCH = 10, 16
 SECONDS = (1000, 2000, 4000)
@@ -84,7 +84,7 @@ def main(names: Sequence[str]) -> None:
     sys.stdout.write(f"| strategy | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n")
     for name in names or WAYS:
         found = [accuracies(name, seed) for seed in SEEDS]
-        cells = [in_words(after) for after in zip(*found, strict=True)]
+        cells = [mean_and_interval(after) for after in zip(*found, strict=True)]
         sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
 

@@ -138,7 +138,7 @@ def line_of(name: str, values: Sequence[float]) -> str:
     published, deviation = PUBLISHED[name]
     apart = (mean - published) / deviation
     modes = modes_of(values)
-    remark = "" if modes is None else f"**{modes.in_words}**"
+    remark = "" if modes is None else f"**{modes.description}**"
     seeds = " ".join(f"{value:.2f}" for value in values)
     return (
         f"| `{name}` | {mean:.4f} ± {spread:.3f} | {published:.4f} ± {deviation:.3f} | {apart:+.2f} |"

@@ -62,7 +62,7 @@ def accuracies(strategy: dict[str, Any], cohort: int, seed: int) -> list[float]:
     return [float(result.rounds[round - 1]["metrics"]["accuracy"]) for round in ROUNDS]
 
 
-def in_words(values: Sequence[float]) -> str:
+def mean_and_interval(values: Sequence[float]) -> str:
     """A mean and its interval, in percent."""
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{100 * statistics.mean(values):.1f} ± {100 * half:.1f}"
@@ -76,7 +76,7 @@ def main(names: Sequence[str]) -> None:
         cells = []
         for cohort in COHORTS:
             found = [accuracies(STRATEGIES[name], cohort, seed) for seed in SEEDS]
-            cells += [in_words(after) for after in zip(*found, strict=True)]
+            cells += [mean_and_interval(after) for after in zip(*found, strict=True)]
         sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
 

@@ -134,20 +134,20 @@ def _sign(content: RecordDict, site: Site, exchange: Exchange, contents: Content
 
 def tell_operator(job: Job, hellos: Sequence[Hello]) -> None:
     """Log the job's terms, and what each client tells the server about itself or why it refuses."""
-    logger.info("job %s asks for %s", job.name, terms_in_words(job))
+    logger.info("job %s asks for %s", job.name, describe_terms(job))
     for hello in hellos:
         if hello.refusal:
             logger.warning("job %s: %s does not take part: %s", job.name, hello.client, hello.refusal)
             continue
         held = f"has {hello.num_examples} examples for it" if hello.num_examples else "takes part"
-        logger.info("job %s: %s %s%s", job.name, hello.client, held, facts_in_words(hello))
+        logger.info("job %s: %s %s%s", job.name, hello.client, held, describe_facts(hello))
 
 
-def terms_in_words(job: Job) -> str:
+def describe_terms(job: Job) -> str:
     """A job's terms in one line, which a site's operator sees before anything is sent to the server.
 
     >>> from atoll import load_job
-    >>> terms_in_words(load_job("jobs/mnist.toml"))
+    >>> describe_terms(load_job("jobs/mnist.toml"))
     'image-classification by torchvision:mobilenet_v2, tuned head, 30 rounds; no promise of privacy'
     """
     columns = job.data.named_columns
@@ -162,7 +162,7 @@ def terms_in_words(job: Job) -> str:
     return "; ".join(parts)
 
 
-def facts_in_words(hello: Hello) -> str:
+def describe_facts(hello: Hello) -> str:
     """What a greeting reveals about the data besides the number of examples, in one line."""
     facts = [
         f"{len(value)} {name}" if isinstance(value, list) else f"{name} {value}"

@@ -101,7 +101,7 @@ class Policy(KitTable):
             return f"its policy: hours = {self.hours!r}, expected a request within them"
         if job.hash not in self._violations:
             broken = next((verdict for verdict in self.verdicts(job) if not verdict.holds), None)
-            self._violations[job.hash] = f"its policy: {broken.in_words}" if broken else ""
+            self._violations[job.hash] = f"its policy: {broken.description}" if broken else ""
         return self._violations[job.hash]
 
     def is_open(self) -> bool:
@@ -124,7 +124,7 @@ class Verdict:
     holds: bool
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """`max_rounds: expected at most 100, found federation.rounds = 500`."""
         return f"{self.rule}: expected {self.allowed}, found {self.key} = {self.job_value}"
 

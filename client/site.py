@@ -217,7 +217,7 @@ class Site:
             return Hello(name, {}, 0, refusal=self._error_for_server(name, error, job.canonical))
         counts = self.shards.counts(job, name)
         for one in counts:
-            logger.info("%s: %s", name, one.in_words)
+            logger.info("%s: %s", name, one.description)
         if is_silent(job, has_budget=self._has_budget):
             return Hello(name, data_info, 0)
         return Hello(name, data_info, len(dataset), counts=[one.as_json for one in counts])

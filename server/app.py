@@ -42,11 +42,11 @@ from atoll.server.job_checks import validate_for_deployment
 from atoll.server.received import MOST_UNSIGNED, Came, Replies, UnsignedMessages, greetings
 from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
-from atoll.server.run.run_job import disk_errors_in_words, run_job
+from atoll.server.run.run_job import disk_errors_as_job_errors, run_job
 from atoll.server.run.test_set import server_test_set
 from atoll.server.run_audit import RunAuditLog, answer_of
 from atoll.system.lock import hold
-from atoll.tasks.metric_values import values_in_words
+from atoll.tasks.metric_values import format_values
 
 logger = logging.getLogger(__name__)
 
@@ -398,7 +398,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
     roster = FederationRoster.load(_kit())
-    with disk_errors_in_words(out):
+    with disk_errors_as_job_errors(out):
         audit = RunAuditLog.open(_kit() / "state", job)
     carrier = FlowerTransport(grid, "flower", roster=roster, signed=roster is not None, audit=audit)
 
@@ -482,19 +482,19 @@ def announce(event: Event) -> None:
         case ClientsFound():
             logger.info("clients   %s", ", ".join(event.roster.names))
             logger.info("backbone  %s, weights from %s", event.backbone.name, event.backbone.origin)
-            if event.inputs_in_words:
-                logger.info("inputs    %s", event.inputs_in_words)
+            if event.inputs_description:
+                logger.info("inputs    %s", event.inputs_description)
         case RunResumed():
             logger.info("resumed after round %d", event.round)
         case RoundEnded():
-            logger.info("%s", round_in_words(event.line))
+            logger.info("%s", describe_round(event.line))
         case FinalEvaluationBegun():
             logger.info("final measurements")
 
 
-def round_in_words(line: Mapping[str, Any]) -> str:
+def describe_round(line: Mapping[str, Any]) -> str:
     """A round in one line of text: number, loss, metrics, number of clients set aside, seconds."""
     parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
-    parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
+    parts += format_values({name: v for name, v in line["metrics"].items() if name != "loss"})
     parts += [f"{len(line['set_aside'])} set aside"] if line["set_aside"] else []
     return f"round {line['round']:<4} {', '.join(parts)}  ({line['seconds']:.1f} s)"

@@ -23,7 +23,7 @@ class ClientsFound(Event):
 
     roster: ClientRoster
     backbone: Backbone
-    inputs_in_words: str = ""
+    inputs_description: str = ""
     """How inputs are preprocessed for the backbone; may be empty."""
 
 

@@ -60,7 +60,7 @@ class ClientRoster:
         )
 
     @property
-    def sizes_in_words(self) -> str:
+    def sizes_description(self) -> str:
         """`719 to 719 examples each`, or that sizes are not reported."""
         if not self.sizes.any():
             return "how many examples each has is not told"
@@ -104,7 +104,7 @@ class ClientRoster:
         for client, reason in self.refused.items():
             logger.warning("%s does not take part: %s", client, reason)
         for one in total(one for counts in self.counts.values() for one in counts):
-            logger.info("data: %s", one.in_words)
+            logger.info("data: %s", one.description)
         for remark in self.remarks:
             logger.warning("%s", remark)
 

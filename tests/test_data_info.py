@@ -196,7 +196,7 @@ def test_a_simulation_tells_no_more(neighbours: Neighbours) -> None:
     population = Population.of(setting.model_copy(update={"data": data}))
     roster = population.roster(setting)
     assert CANARY not in json.dumps(roster.data_info) and not roster.sizes.any()
-    assert roster.sizes_in_words == "how many examples each has is not told"
+    assert roster.sizes_description == "how many examples each has is not told"
 
 
 def test_without_a_promise_a_greeting_is_what_it_was(neighbours: Neighbours) -> None:

@@ -264,7 +264,7 @@ def test_without_a_size_pictures_are_as_large_as_the_networks_own(name: str, own
     data, box = scene(0)
     learner, shard = prepared(asked, [(data, box)])
     assert shard.targets_of([0])[0, 0].tolist() == pytest.approx([*(v * own / 48 for v in box), 0], rel=1e-6)
-    assert f"{own} x {own}, the network's own size" in learner.task.inputs_in_words
+    assert f"{own} x {own}, the network's own size" in learner.task.inputs_description
 
 
 def test_a_size_that_a_network_makes_nothing_of_is_refused_by_name() -> None:

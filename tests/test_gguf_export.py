@@ -19,7 +19,7 @@ from atoll.backbones.converted.gguf_folder import write_folder
 from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.export.gguf import check_gguf, read_gguf, write_gguf
-from atoll.export.gguf_words import LLAMA3, check_words
+from atoll.export.gguf_vocabulary import LLAMA3, check_vocabulary
 from atoll.export.safetensors import make_plain
 from atoll.learning.learner import Learner
 from atoll.server.events import ignore_events
@@ -157,7 +157,7 @@ def test_smollms_way_of_splitting_is_said_and_read_back_here(tmp_path: Path) -> 
 )
 def test_a_tokenizer_without_a_name_is_refused(tokenizer: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
-        check_words(tokenizer)
+        check_vocabulary(tokenizer)
     assert "\n" not in str(error.value)
 
 

@@ -164,7 +164,7 @@ def test_a_cohort_learns_what_autograd_learns_client_by_client(
             torch.testing.assert_close(update.delta[name].double(), delta, rtol=2e-4, atol=2e-6)
 
 
-def own_words(client: str) -> RandomBits:
+def own_random_bits(client: str) -> RandomBits:
     return seeded(stream_seed(5, "noise", client))
 
 
@@ -180,7 +180,7 @@ def test_every_example_is_clipped_as_if_its_gradient_were_taken_alone(hidden: in
     start, item = head(13, 4, hidden), work("c", 9, 13, 4, 0, loss)
     setting = job(lr=0.5, batch_size=9)
     found = train_heads(
-        start, [item], setting, 1, {}, loss=loss, per_example=DpSgd(0.3, 0.0, 20.0, own_words)
+        start, [item], setting, 1, {}, loss=loss, per_example=DpSgd(0.3, 0.0, 20.0, own_random_bits)
     )[0]
     total: Tensors = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in start.items()}
     norms = []
@@ -203,7 +203,7 @@ def test_every_example_is_clipped_as_if_its_gradient_were_taken_alone(hidden: in
 def test_opacus_clips_the_same_way() -> None:
     start, item = head(13, 4, 5), work("c", 9, 13, 4, 0)
     found = train_heads(
-        start, [item], job(lr=0.5, batch_size=9), 1, {}, per_example=DpSgd(0.3, 0.0, 9.0, own_words)
+        start, [item], job(lr=0.5, batch_size=9), 1, {}, per_example=DpSgd(0.3, 0.0, 9.0, own_random_bits)
     )[0]
     model = opacus.GradSampleModule(module(start).float())
     optimizer = opacus.optimizers.DPOptimizer(
@@ -219,8 +219,8 @@ def test_opacus_clips_the_same_way() -> None:
 def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None:
     start, setting = head(40, 10), job(lr=1.0, batch_size=4)
     client_rows = [work(f"c{i}", 4, 40, 10, i) for i in range(200)]
-    quiet = train_heads(start, client_rows, setting, 1, {}, per_example=DpSgd(0.3, 0.0, 8.0, own_words))
-    loud = train_heads(start, client_rows, setting, 1, {}, per_example=DpSgd(0.3, 2.0, 8.0, own_words))
+    quiet = train_heads(start, client_rows, setting, 1, {}, per_example=DpSgd(0.3, 0.0, 8.0, own_random_bits))
+    loud = train_heads(start, client_rows, setting, 1, {}, per_example=DpSgd(0.3, 2.0, 8.0, own_random_bits))
     noise = torch.stack([
         torch.cat([(a.delta[n] - b.delta[n]).flatten() for n in start])
         for a, b in zip(loud, quiet, strict=True)
@@ -228,7 +228,7 @@ def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None
     # 2.0 * 0.3 / 8 = 0.075, over 200 clients x 410 numbers.
     assert float(noise.std()) == pytest.approx(0.075, rel=4 / (2 * 82_000) ** 0.5)
     assert abs(float(noise.mean())) < 4 * 0.075 / 82_000**0.5
-    lattice = lattice_for(2.0, 0.3 / 8, 410, own_words("c3"))
+    lattice = lattice_for(2.0, 0.3 / 8, 410, own_random_bits("c3"))
     expected = -torch.from_numpy(lattice.noise(410))
     torch.testing.assert_close(noise[3].double(), expected, rtol=1e-3, atol=1e-5)
 
@@ -278,7 +278,7 @@ def test_a_clients_bits_do_not_depend_on_its_cohort(
     start = head(width, classes, hidden)
     client_rows = [work(f"c{i}", count, width, classes, i, loss) for i, count in enumerate(counts)]
     draw = own_batches if private == "drawn" else None
-    clipped = None if private == "no" else DpSgd(0.7, 1.1, float(batch_size), own_words, draw)
+    clipped = None if private == "no" else DpSgd(0.7, 1.1, float(batch_size), own_random_bits, draw)
     more: dict[str, Any] = {"plan": {"proximal_mu": mu}, "loss": loss, "per_example": clipped}
     together = train_heads(start, client_rows, setting, 1, **more)
     backwards = train_heads(start, client_rows[::-1], setting, 1, **more)[::-1]

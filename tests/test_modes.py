@@ -9,7 +9,7 @@ import pytest
 
 from atoll.server.job_checks import check_simulated
 from atoll.sim.sweep.modes import modes_of, remark_on
-from atoll.sim.sweep.report import words_of
+from atoll.sim.sweep.report import sweep_summary
 from atoll.sim.sweep.strategies import compared, runs_of, write_comparison
 from tests.test_compare import base, result
 from tests.test_sweep import row
@@ -86,5 +86,5 @@ def test_a_comparison_tells_it_of_the_strategy_whose_seeds_they_are(tmp_path: ob
 def test_a_sweep_tells_it_of_the_combination() -> None:
     rows = [row(score, seed, **{"train.lr": 1.0}) for seed, score in enumerate(FAR, 1)]
     rows += [row(score, seed, **{"train.lr": 2.0}) for seed, score in enumerate(NEAR, 1)]
-    [line] = [line for line in words_of(rows, [], 0) if "far apart" in line]
+    [line] = [line for line in sweep_summary(rows, [], 0) if "far apart" in line]
     assert line.startswith("privacy.epsilon inf, train.lr 1: seeds end far apart: 1 near 0.410")

@@ -193,7 +193,7 @@ CLIENT_NOISE: dict[str, Plant] = {
 }
 
 
-def words_of(seed_of: Callable[..., int]) -> Plant:
+def noise_from(seed_of: Callable[..., int]) -> Plant:
     """Words of the server that come from a seed."""
     return wrapped(
         atoll.server.rounds.central_dp.CentralDp, "_random_bits_of",
@@ -211,8 +211,8 @@ def one_tensors_noise_for_all(original: Any) -> Any:
 
 
 FRESHNESS: dict[str, Plant] = {
-    "noise from the job's seed": words_of(lambda self, purpose, round: self.job.seed + round),
-    "the same noise in every round": words_of(lambda self, purpose, round: id(self) % 1000),
+    "noise from the job's seed": noise_from(lambda self, purpose, round: self.job.seed + round),
+    "the same noise in every round": noise_from(lambda self, purpose, round: id(self) % 1000),
     "one tensor's noise for all": wrapped(
         atoll.privacy.central.CentralGaussian, "release", one_tensors_noise_for_all
     ),

@@ -226,8 +226,8 @@ def test_without_a_size_pictures_are_as_large_as_the_networks_own(name: str, own
     learner, shard = prepared(job(backbone={"name": network, "weights": "random"}), 1)
     assert shard.targets_of([0]).shape == (1, own, own)
     words = f"pictures resized to {own} x {own}, the network's own size (backbone.image_size says another)"
-    assert learner.task.inputs_in_words == words
-    assert prepared(job(), 1)[0].task.inputs_in_words == "pictures resized to 32 x 32"
+    assert learner.task.inputs_description == words
+    assert prepared(job(), 1)[0].task.inputs_description == "pictures resized to 32 x 32"
 
 
 def test_weights_of_other_classes_leave_the_last_layers_fresh(tmp_path: Path) -> None:

@@ -173,4 +173,4 @@ def test_what_an_ended_program_complained_of_is_told_without_its_log() -> None:
     child.start()
     wait_until(lambda: not child.running, "its end")
     assert child.last_complaints() == "no space is left for the state"
-    assert "ListNodes" in child.last_words()
+    assert "ListNodes" in child.last_lines()

@@ -101,7 +101,7 @@ def _folder_size(folder: Path) -> int:
     return min(whole, default=SEGFORMER_SIZE)
 
 
-def size_in_words(job: Job, size: int) -> str:
+def describe_size(job: Job, size: int) -> str:
     """What pictures become, for a run's first lines."""
     whose = "" if job.backbone.image_size else ", the network's own size (backbone.image_size says another)"
     return f"pictures resized to {size} x {size}{whose}"

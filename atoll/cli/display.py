@@ -193,7 +193,7 @@ class Watcher:
         for note in population.notes:
             self.gauge.say(f"note      {sanitize(note)}")
         for counts in population.source_counts:
-            self.gauge.say(f"counts    {sanitize(counts.in_words)}")
+            self.gauge.say(f"counts    {sanitize(counts.description)}")
         self.gauge.say(
             f"data      {len(population.train)} examples to train on, {len(population.test)} held out"
         )
@@ -201,20 +201,20 @@ class Watcher:
     def _clients_found(self, event: ClientsFound) -> None:
         backbone = event.backbone
         self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
-        if event.inputs_in_words:
-            self.gauge.say(f"inputs    {sanitize(event.inputs_in_words)}")
+        if event.inputs_description:
+            self.gauge.say(f"inputs    {sanitize(event.inputs_description)}")
         from atoll.data.diagnostics import total
 
         roster = event.roster
-        self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
+        self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_description}")
         for counts in total(one for sizes in roster.counts.values() for one in sizes):
-            self.gauge.say(f"counts    {sanitize(counts.in_words)}")
+            self.gauge.say(f"counts    {sanitize(counts.description)}")
 
     def _round(self, line: Mapping[str, Any]) -> None:
-        from atoll.tasks.metric_values import values_in_words
+        from atoll.tasks.metric_values import format_values
 
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
-        parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
+        parts += format_values({name: v for name, v in line["metrics"].items() if name != "loss"})
         if line.get("staleness", {}).get("max"):
             parts.append(f"up to {line['staleness']['max']} rounds late")
         if line["set_aside"]:

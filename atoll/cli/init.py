@@ -230,7 +230,7 @@ def job_text(
     environment.filters["toml"] = in_toml
     return environment.get_template("job.toml.jinja").render(
         name=name, task=task, summary=TASKS[task].summary, source=source, options=dict(options),
-        found="; ".join(one.in_words for one in findings.counts) or f"{rows} rows to train on",
+        found="; ".join(one.description for one in findings.counts) or f"{rows} rows to train on",
         columns=dict(columns), classes=classes, natural=natural, others=others,
         skewed=bool(classes), has_test=has_test, rounds=begins.rounds, every=max(begins.rounds // 4, 1),
         clients=clients or max(min(MOST_CLIENTS, rows // ROWS_A_CLIENT), 2),

@@ -163,7 +163,7 @@ def show_findings(findings: Findings) -> None:
     out().print(f"sizes       {findings.sizes}", highlight=False)
     out().print(f"duplicates  {findings.duplicates}", highlight=False)
     for counts in findings.counts:
-        out().print(f"counts      {escape(counts.in_words)}", highlight=False, soft_wrap=True)
+        out().print(f"counts      {escape(counts.description)}", highlight=False, soft_wrap=True)
     for note in findings.notes:
         out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     for problem in findings.problems:

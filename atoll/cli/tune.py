@@ -129,10 +129,10 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
 
 def _line(search: Search, one: TrialResult, so_far: Sequence[TrialResult]) -> str:
     """What a trial came to, beside the best so far."""
-    from atoll.sim.sweep.grid import combination_words
+    from atoll.sim.sweep.grid import describe_combination
 
     assert one.outcome is not None
-    head = f"trial {one.index + 1:<4}{sanitize(combination_words(one.values))}"
+    head = f"trial {one.index + 1:<4}{sanitize(describe_combination(one.values))}"
     if one.outcome.value is None:
         colour = "red" if one.outcome.failed else "yellow"
         return f"{head}  [{colour}]{sanitize(one.outcome.reason)}[/]"

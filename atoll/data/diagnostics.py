@@ -24,7 +24,7 @@ class Counts:
     `unit` is what is counted, in the plural: examples, or what examples are made of (rows, users). A reason
     stands behind its number: "25 with fewer than 4 rows".
 
-    >>> Counts("users", 300, 275, {"with fewer than 4 rows": 25}).in_words
+    >>> Counts("users", 300, 275, {"with fewer than 4 rows": 25}).description
     '300 users read, 275 used; left out: 25 with fewer than 4 rows'
 
     Raises:
@@ -38,10 +38,10 @@ class Counts:
 
     def __post_init__(self) -> None:
         if self.read != self.used + sum(self.left_out.values()) or min(self.used, 0) < 0:
-            raise JobError(f"the counts don't add up: {self.in_words}")
+            raise JobError(f"the counts don't add up: {self.description}")
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """One line."""
         if not self.left_out:
             return f"{self.read} {self.unit} read, all used"

@@ -20,7 +20,7 @@ from torch import nn
 from atoll.backbones.converted.gguf_folder import gguf_name, tensors_in
 from atoll.backbones.encoder import Model
 from atoll.errors import ConfigError
-from atoll.export.gguf_words import add_words, check_words
+from atoll.export.gguf_vocabulary import add_vocabulary, check_vocabulary
 from atoll.export.huggingface import network_of
 from atoll.learning.learner import Learner
 from atoll.protocol.tensors import Tensors
@@ -47,7 +47,7 @@ def check_gguf(learner: Learner) -> None:
     encoder = learner.encoder
     assert isinstance(encoder, CausalEncoder)
     _check_shape(encoder.model.config)
-    check_words(encoder.tokenizer)
+    check_vocabulary(encoder.tokenizer)
 
 
 def _check_shape(config: Any) -> None:
@@ -86,7 +86,7 @@ def write_gguf(model: Model, learner: Learner, folder: Path) -> None:
     in_bfloat16 = all(torch.equal(t, t.to(torch.bfloat16).to(t)) for t in state.values())
     writer = GGUFWriter(folder / FILE, "llama")
     _add_shape(writer, config, learner.job.name, in_bfloat16=in_bfloat16)
-    add_words(writer, encoder.tokenizer, config.vocab_size)
+    add_vocabulary(writer, encoder.tokenizer, config.vocab_size)
     for name, tensor in state.items():
         _add_tensor(writer, name, _rows_in_pairs(name, tensor, config).numpy(), in_bfloat16=in_bfloat16)
     writer.write_header_to_file()

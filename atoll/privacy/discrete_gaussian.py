@@ -66,7 +66,7 @@ PART = 16
 RATE = 31
 """Fractional bits of width^2 / (2 variance) in the second stage."""
 
-Words = NDArray[np.uint64]
+Bits = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
 Places = NDArray[np.intp]
 Flags = NDArray[np.bool_]
@@ -124,9 +124,9 @@ class Proposal:
     """log2 of the width of the blocks from T on."""
     cell_of: NDArray[np.uint16]
     """The cell of each slot, [2^SLOT_BITS]."""
-    surely: Words
+    surely: Bits
     """By cell: if U's first bits, as an integer, are below this, U is below all p of it; 0 for blocks."""
-    at_start: tuple[Words, Words]
+    at_start: tuple[Bits, Bits]
     """By cell: lower and upper bounds on p at the cell's start, times 2^MIDDLE."""
     rate: tuple[int, int] | None
     """Bounds on width^2 / (2 variance), times 2^RATE; None if it is too large for the second stage."""
@@ -195,7 +195,7 @@ def _ratio(bound: int, slots: int, bits: int) -> tuple[int, int]:
     return (bound << bits) // (slots << TABLE), -((-bound << bits) // (slots << TABLE))
 
 
-def _column(numbers: list[int]) -> Words:
+def _column(numbers: list[int]) -> Bits:
     """The numbers as an array, followed by a 0 for the blocks from T on."""
     return np.array([*numbers, 0], dtype=np.uint64)
 
@@ -208,38 +208,38 @@ def _rate(rate: Fraction, cells: int) -> tuple[int, int] | None:
     return down, down + 1
 
 
-def propose(table: Proposal, words: Words, into: Numbers) -> Places:
+def propose(table: Proposal, random_bits: Bits, into: Numbers) -> Places:
     """Write the number that each word proposes into `into`; returns where the first stage doesn't accept it.
 
-    `words` and `into` are [count]; the result holds indices into them.
+    `random_bits` and `into` are [count]; the result holds indices into them.
     """
     bits = np.uint64(table.bits)
-    cells = np.take(table.cell_of, (words >> np.uint64(WORD - SLOT_BITS)).view(np.int64))
-    numbers = words >> bits
+    cells = np.take(table.cell_of, (random_bits >> np.uint64(WORD - SLOT_BITS)).view(np.int64))
+    numbers = random_bits >> bits
     numbers &= np.uint64((1 << table.width_bits) - 1)
     numbers |= cells.astype(np.uint64) << np.uint64(table.width_bits)
     # All bits set for a sign bit of 1: -1 - y is y with its bits inverted.
-    signs = (words << np.uint64(SLOT_BITS)).view(np.int64) >> np.int64(WORD - 1)
+    signs = (random_bits << np.uint64(SLOT_BITS)).view(np.int64) >> np.int64(WORD - 1)
     np.bitwise_xor(numbers.view(np.int64), signs, out=into)
-    first = words & np.uint64((1 << table.bits) - 1)
+    first = random_bits & np.uint64((1 << table.bits) - 1)
     return np.flatnonzero(first >= np.take(table.surely, cells))
 
 
-def judge(table: Proposal, numbers: Numbers, words: Words, further: Words) -> tuple[Flags, Flags]:
+def judge(table: Proposal, numbers: Numbers, random_bits: Bits, further: Bits) -> tuple[Flags, Flags]:
     """The second stage: (which numbers are accepted, which are neither accepted nor rejected yet).
 
-    All arrays are [count]. `words` proposed the numbers; `further` has the bits of U that follow theirs.
+    All arrays are [count]. `random_bits` proposed the numbers; `further` has the bits of U after theirs.
     """
     if table.rate is None or len(numbers) < WORTHWHILE:
         return np.zeros(len(numbers), dtype=np.bool_), np.ones(len(numbers), dtype=np.bool_)
-    cells = table.cell_of[words >> np.uint64(WORD - SLOT_BITS)].astype(np.uint64)
+    cells = table.cell_of[random_bits >> np.uint64(WORD - SLOT_BITS)].astype(np.uint64)
     outside = cells == np.uint64(len(table.slots) - 1)
     offsets = np.abs(numbers).view(np.uint64) - (cells << np.uint64(table.width_bits))
     below, above = _more(table.rate, cells, _shifted(offsets, PART - table.width_bits))
     lowest, highest = _shrunk(below, above)
     lowest = lowest * table.at_start[0][cells] >> np.uint64(MIDDLE)
     highest = (highest * table.at_start[1][cells] >> np.uint64(MIDDLE)) + np.uint64(1)
-    first = words & np.uint64((1 << table.bits) - 1)
+    first = random_bits & np.uint64((1 << table.bits) - 1)
     uniform = _shifted(first, MIDDLE - table.bits)
     if table.bits < MIDDLE:
         uniform |= further >> np.uint64(WORD - MIDDLE + table.bits)
@@ -247,12 +247,12 @@ def judge(table: Proposal, numbers: Numbers, words: Words, further: Words) -> tu
     return accepted, ~accepted & ((uniform < highest) | outside)
 
 
-def _shifted(numbers: Words, by: int) -> Words:
+def _shifted(numbers: Bits, by: int) -> Bits:
     """The numbers shifted left by `by` bits, or right if `by` is negative."""
     return numbers << np.uint64(by) if by >= 0 else numbers >> np.uint64(-by)
 
 
-def _more(rate: tuple[int, int], cells: Words, part: Words) -> tuple[Words, Words]:
+def _more(rate: tuple[int, int], cells: Bits, part: Bits) -> tuple[Bits, Bits]:
     """Bounds on e = rate * t * (2 cell + t), times 2^MIDDLE; t = offset / width has PART bits."""
     shift = np.uint64(2 * PART + RATE - MIDDLE)
     twice = cells << np.uint64(PART + 1)
@@ -261,7 +261,7 @@ def _more(rate: tuple[int, int], cells: Words, part: Words) -> tuple[Words, Word
     return below, (after * (twice + after) * np.uint64(rate[1]) >> shift) + np.uint64(1)
 
 
-def _shrunk(below: Words, above: Words) -> tuple[Words, Words]:
+def _shrunk(below: Bits, above: Bits) -> tuple[Bits, Bits]:
     """Bounds on exp(-e), times 2^MIDDLE, from bounds on an e below 1."""
     one = np.uint64(ONE)
     square = above * above
@@ -323,13 +323,13 @@ def _tried(table: Proposal, source: RandomBits, count: int) -> Numbers:
     Words are read in order: one word proposes a number, and if its bits don't decide whether the number is
     accepted, the words after it do. So drawing many numbers uses the same words as drawing one at a time.
     """
-    words = source(count)
+    random_bits = source(count)
     numbers = np.empty(count, dtype=np.int64)
-    places = propose(table, words, numbers)
+    places = propose(table, random_bits, numbers)
     if not places.size:
         return numbers
     after = np.minimum(places + 1, count - 1)
-    accepted, still_open = judge(table, numbers[places], words[places], words[after])
+    accepted, still_open = judge(table, numbers[places], random_bits[places], random_bits[after])
     still_open[after == places] = True
     left_out: list[int] = []
     free = 0
@@ -340,8 +340,10 @@ def _tried(table: Proposal, source: RandomBits, count: int) -> Numbers:
             continue  # This word's bits were used by an earlier number.
         free = place + 2
         if is_open:
-            following = Following(words, place + 1, source)
-            numbers[place], is_accepted = settle(table, int(words[place]), int(numbers[place]), following)
+            following = Following(random_bits, place + 1, source)
+            numbers[place], is_accepted = settle(
+                table, int(random_bits[place]), int(numbers[place]), following
+            )
             free = following.place
         left_out.extend(range(place + is_accepted, free))
     stays = np.ones(max(count, free), dtype=np.bool_)
@@ -352,13 +354,13 @@ def _tried(table: Proposal, source: RandomBits, count: int) -> Numbers:
 class Following:
     """Returns one word at a time: the words from `place` on, then new ones from the source."""
 
-    def __init__(self, words: Words, place: int, source: RandomBits) -> None:
-        self.words = words
+    def __init__(self, random_bits: Bits, place: int, source: RandomBits) -> None:
+        self.random_bits = random_bits
         self.place = place
         self.source = source
 
     def __call__(self) -> int:
-        word = self.words[self.place] if self.place < len(self.words) else self.source(1)[0]
+        word = self.random_bits[self.place] if self.place < len(self.random_bits) else self.source(1)[0]
         self.place += 1
         return int(word)
 

@@ -39,9 +39,9 @@ def seeded(seed: int) -> RandomBits:
     return lambda count: np.asarray(source.random_raw(count), dtype=np.uint64)
 
 
-def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+def uniform(random_bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """A number in [0, 1) for each 64-bit word, from its upper 53 bits; same shape, float64."""
-    numbers: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: NDArray[np.float64] = (random_bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers
 
 

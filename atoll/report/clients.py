@@ -12,7 +12,7 @@ from markupsafe import Markup
 from atoll.report.comparison import finite, lower_is_better
 from atoll.report.plots import scatter_plot, spread_plot
 from atoll.report.run_result import RunResult
-from atoll.report.text import join_words, metric_value, metric_words, pluralize, quantile
+from atoll.report.text import join_words, metric_label, metric_value, pluralize, quantile
 
 ALL_UP_TO = 200
 """Clients above which the table shows the ends only."""
@@ -71,8 +71,8 @@ def clients_section(result: RunResult, metric: str | None) -> ClientsSection | N
         reading=_sampled(result) + _summary(ranked, len(undefined), len(without), metric),
         plots=_plots(ranked, metric),
         quantiles=_quantiles(ranked, metric),
-        judged_by=metric_words(metric),
-        metrics=tuple(metric_words(name) for name in metrics),
+        judged_by=metric_label(metric),
+        metrics=tuple(metric_label(name) for name in metrics),
         shown=tuple(_row(c, metrics) for c in (ranked[:WORST] if many else [*ranked, *undefined, *without])),
         left_out=_left_out(len(ranked) - WORST - len(best), len(undefined), len(without)) if many else "",
         best=tuple(_row(client, metrics) for client in best),
@@ -94,7 +94,7 @@ def _sampled(result: RunResult) -> str:
 def _summary(ranked: list[Client], undefined: int, without: int, metric: str) -> str:
     """A sentence on the median and the worst client, and one on those that measured nothing."""
     values = sorted(c[metric] for _, c in ranked)
-    word = metric_words(metric)
+    word = metric_label(metric)
     sentence = (
         f"On their own validation examples, at least half of the clients see a final {word} of"
         f" {metric_value(metric, quantile(values, 0.5))} or better;"
@@ -108,7 +108,7 @@ def _summary(ranked: list[Client], undefined: int, without: int, metric: str) ->
 def _plots(ranked: list[Client], metric: str) -> tuple[Markup, ...]:
     """The metric's spread, and the metric against a client's number of examples."""
     values = sorted(float(c[metric]) for _, c in ranked)
-    percent, word = "accuracy" in metric, metric_words(metric)
+    percent, word = "accuracy" in metric, metric_label(metric)
     points = [(float(c["examples"]), float(c[metric])) for _, c in ranked]
     title = f"{word[0].upper()}{word[1:]} at each client"
     return (

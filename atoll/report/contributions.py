@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atoll.report.run_result import ClientContribution, Contributions
-from atoll.report.text import metric_words, pluralize
+from atoll.report.text import metric_label, pluralize
 
 BEST, WORST = 100, 20
 """Clients that the table shows of each end, where there are more than both."""
@@ -54,6 +54,6 @@ def _reading(contributions: Contributions) -> str:
         "leave-one-out": "the model of all of a round's updates minus the one without the client's",
         "shapley": "Shapley's value of the client's update among those of its round",
     }[contributions["method"]]
-    word = metric_words(contributions["metric"])
+    word = metric_label(contributions["metric"])
     sign = ", which counts negatively, for less is better" if contributions["lower_is_better"] else ""
     return f"What each client added to the {word} on the server's test set{sign}, summed over rounds: {how}."

@@ -25,8 +25,8 @@ from atoll.report.text import (
     duration,
     how_chosen,
     how_it_went,
+    metric_label,
     metric_value,
-    metric_words,
     on_what_data,
     pluralize,
     quantile,
@@ -129,7 +129,7 @@ class Report:
 
     name: str
     lead: str
-    clients_in_words: str
+    client_count: str
     islands: tuple[Island, ...]
     tiles: Facts
     story: tuple[str, ...]
@@ -160,7 +160,7 @@ def report_of(folder: Path, result: RunResult) -> Report:
     return Report(
         name=result.name,
         lead=what_was_tuned(result, job),
-        clients_in_words=pluralize(len(result.final["clients"]), "client"),
+        client_count=pluralize(len(result.final["clients"]), "client"),
         islands=_islands(result.final["clients"]),
         tiles=_tiles(result, compared),
         story=(
@@ -207,7 +207,7 @@ def _tiles(result: RunResult, compared: Comparison) -> Facts:
     if share is not None and share >= 0:
         tiles.insert(0, ("of the gap closed", whole_percent(min(share, 1.0))))
     if metric is not None:
-        word = metric_words(metric)
+        word = metric_label(metric)
         tiles.insert(0, (f"federated {word}", metric_value(metric, compared.value("federated", metric))))
     return (
         *tiles,
@@ -230,7 +230,7 @@ def _models(result: RunResult, compared: Comparison) -> ModelsSection:
     return ModelsSection(
         sentence=comparison_sentence(compared),
         on_test_set=compared.on_test_set,
-        metrics=tuple((metric_words(m), better(m)) for m in compared.metrics),
+        metrics=tuple((metric_label(m), better(m)) for m in compared.metrics),
         rows=tuple(rows),
         notes=(*compared.remarks, *result.notes),
     )

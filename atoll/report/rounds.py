@@ -10,7 +10,7 @@ from markupsafe import Markup
 from atoll.report.comparison import NAMES, Comparison, finite
 from atoll.report.plots import Curve, Points, curves_plot
 from atoll.report.run_result import RoundLine
-from atoll.report.text import metric_words
+from atoll.report.text import metric_label
 
 PLOTTED = 1000
 """Rounds above which a curve is thinned."""
@@ -57,7 +57,7 @@ def _plot(rounds: Sequence[RoundLine], compared: Comparison, metric: str, traini
         return None
     baselines = (row for row in _lines(compared) if row != "federated")
     levels = {row: level for row in baselines if (level := compared.value(row, metric)) is not None}
-    word = metric_words(metric)
+    word = metric_label(metric)
     title = f"{word[0].upper()}{word[1:]} over rounds"
     return curves_plot(f"curve-{metric}", title, curves, levels, percent="accuracy" in metric)
 

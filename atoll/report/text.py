@@ -51,10 +51,10 @@ SITES = "flower"
 """The engine of real sites: only of its runs may a report say that data never left them."""
 
 
-def metric_words(name: str) -> str:
-    """A metric's name in words.
+def metric_label(name: str) -> str:
+    """A metric's name as people write it.
 
-    >>> metric_words("macro_f1")
+    >>> metric_label("macro_f1")
     'macro F1'
     """
     return " ".join(METRIC_SPELLINGS.get(word, word) for word in name.split("_"))
@@ -212,7 +212,7 @@ def how_it_went(result: RunResult) -> str:
         clients += " were asked; those who answered in time"
     return (
         f"{when}, {clients} trained and sent back how {_trainable(result)} had moved;"
-        f" the server merged these updates by {strategy_words(result.strategy)}."
+        f" the server merged these updates by {describe_strategy(result.strategy)}."
     )
 
 
@@ -244,7 +244,7 @@ def who_was_hostile(job: Job | None) -> str:
     return sentence + "."
 
 
-def strategy_words(name: str) -> str:
+def describe_strategy(name: str) -> str:
     """A strategy's proper name and what it does."""
     known = STRATEGIES.get(name)
     return f"{STRATEGY_NAMES.get(name, name)}: {known.summary}" if known else name
@@ -353,10 +353,10 @@ def comparison_sentence(compared: Comparison) -> str:
     federated = compared.value("federated", metric) if metric else None
     if metric is None or federated is None:
         if metric is not None and metric in compared.rows.get("federated", {}):
-            return f"The federated model's {metric_words(metric)} is undefined on these examples."
+            return f"The federated model's {metric_label(metric)} is undefined on these examples."
         return NOT_MEASURED if not compared.rows else "The federated model was not measured."
     values = {row: metric_value(metric, compared.value(row, metric)) for row in compared.rows}
-    word, share = metric_words(metric), compared.gap_closed
+    word, share = metric_label(metric), compared.gap_closed
     if share is not None:
         return _gap_sentence(share, word, values)
     rows = compared.rows if compared.on_test_set else {}

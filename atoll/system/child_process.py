@@ -106,7 +106,7 @@ class Child:
                 self.tail.append(line.rstrip())
                 logger.debug("%s: %s", self.name, line.rstrip())
 
-    def last_words(self) -> str:
+    def last_lines(self) -> str:
         """The output's end, once the program has ended."""
         if self._reader is not None:
             self._reader.join(timeout=2)
@@ -114,7 +114,7 @@ class Child:
 
     def last_complaints(self) -> str:
         """The lines at the output's end that are more than the program's log of what it does."""
-        return "\n".join(line for line in self.last_words().splitlines() if not _INFO.search(line))
+        return "\n".join(line for line in self.last_lines().splitlines() if not _INFO.search(line))
 
     def stop(self, grace: float = 8.0) -> None:
         """Ask the program and all that it started to end, wait, then end what is left."""

@@ -81,10 +81,10 @@ def means(measured: Iterable[MetricValues]) -> dict[str, MeanOverClients]:
     return {name: mean_over([(row.get(name), 1) for row in rows]) for name in names}
 
 
-def values_in_words(values: MetricValues) -> list[str]:
+def format_values(values: MetricValues) -> list[str]:
     """Each metric's name and value with three decimals, as text.
 
-    >>> values_in_words({"accuracy": 0.5})
+    >>> format_values({"accuracy": 0.5})
     ['accuracy 0.500']
     """
     return [f"{name} {UNDEFINED if value is None else f'{value:.3f}'}" for name, value in values.items()]

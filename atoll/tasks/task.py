@@ -82,7 +82,7 @@ class Task(Protocol):
     """What `loss` is for heads: "softmax" cross_entropy, "sigmoid" binary_cross_entropy_with_logits,
     "squared" mse_loss."""
 
-    inputs_in_words: str = ""
+    inputs_description: str = ""
     """How inputs are preprocessed, for the first lines that a run prints; empty where nothing is printed."""
 
     info_fields: tuple[InfoField, ...] | None = None

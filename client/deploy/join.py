@@ -220,7 +220,7 @@ class _Site:
             self.connected = False
             self.tell(f"the process that trains ended ({_ending(how)}); connecting again with another")
             return
-        last_lines = self.supernode.last_words()
+        last_lines = self.supernode.last_lines()
         logger.debug("last words of the supernode:\n%s", last_lines)
         self.connected = False
         if CONNECTED in last_lines:

@@ -98,7 +98,7 @@ class SecureAggregationSession:
         dp_plan = distributed_terms(job)
         numbers = length(request.tensors, private=dp_plan is not None)
         for name, contribution in values:
-            random_bits = share_words(job, request.round, name)
+            random_bits = share_random_bits(job, request.round, name)
             try:
                 is_masked = isinstance(request, MaskedSumRequest)
                 person = self._person(request, name) if is_masked else None
@@ -139,7 +139,7 @@ def sums(by_client: Iterable[tuple[str, Tensors]]) -> Iterator[tuple[str, torch.
     return ((name, flat(tensors)) for name, tensors in by_client)
 
 
-def share_words(job: Job, round: int, client: str) -> RandomBits:
+def share_random_bits(job: Job, round: int, client: str) -> RandomBits:
     """The source of a client's share of the noise: the system's entropy, or a seed in simulations."""
     if job.privacy.seeded_noise:
         return seeded(stream_seed(job.seed, "share", round, client))

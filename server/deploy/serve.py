@@ -190,7 +190,7 @@ class _Server:
                 return
             except Unreachable:
                 if not self.superlink.running or time.monotonic() > deadline:
-                    raise JobError(f"the SuperLink did not start:\n{self.superlink.last_words()}") from None
+                    raise JobError(f"the SuperLink did not start:\n{self.superlink.last_lines()}") from None
 
     def watch(self) -> None:
         """Restart processes that end, and report sites that come and go, until the server is to stop."""

@@ -81,7 +81,7 @@ def start_or_resume(
     initial = learner.initial()
     base, strategy = strategy, merging_lora(strategy, learner)
     shared = first_model(learner, initial)
-    on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
+    on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_description))
     rule = selection_rule(job, roster)
     flights = Flights()
     later_rounds = later_round_kind(job, carrier, base, clock)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from atoll.job.job import Job
 from atoll.report.run_result import Personal
-from atoll.report.text import metric_value, metric_words
+from atoll.report.text import metric_label, metric_value
 from atoll.tasks.metric_values import MeanOverClients, MetricValues, means
 
 Measured = Mapping[str, Mapping[str, float | None]]
@@ -76,11 +76,11 @@ def _compared(
     if mean is None or beside is None:
         return []
     if mean.value is None or beside.value is None:
-        return [f"{what}: {metric_words(metric)} is undefined at all of {mean.clients} clients"]
+        return [f"{what}: {metric_label(metric)} is undefined at all of {mean.clients} clients"]
     apart = mean.value - beside.value
     gain = f"{apart * 100:+.1f} points" if "accuracy" in metric else f"{apart:+.3f}"
     return [
-        f"{what}, mean {mean.coverage or 'over clients'}: {metric_words(metric)}"
+        f"{what}, mean {mean.coverage or 'over clients'}: {metric_label(metric)}"
         f" {metric_value(metric, mean.value)};"
         f" {other} {metric_value(metric, beside.value)} (difference {gain})"
     ]

@@ -74,7 +74,7 @@ def run_job(
     """
     started = time.monotonic()
     with (
-        disk_errors_in_words(out),
+        disk_errors_as_job_errors(out),
         RunDirectory.open(out, job, resume=resume, force=force, data_hashes=data_hashes) as directory,
         PeakMemory() as memory,
     ):
@@ -99,7 +99,7 @@ def run_job(
 
 
 @contextmanager
-def disk_errors_in_words(out: Path) -> Iterator[None]:
+def disk_errors_as_job_errors(out: Path) -> Iterator[None]:
     """Within the block, turn disk errors into a `JobError` whose line names the file."""
     try:
         yield

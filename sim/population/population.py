@@ -115,16 +115,16 @@ class Population:
 
         Clients that draw their examples from one table have that table's hash, and so have very many clients.
         """
-        words, assignment = _as_integers(self.keys), self.assignment
+        integers, assignment = _as_integers(self.keys), self.assignment
         clients = self.job.federation.clients
         if isinstance(assignment, FixedAssignment) and clients <= MOST_CLIENTS:
-            upto = np.concatenate([_as_integers([bytes(32)]), words[assignment.row_order]]).cumsum(
+            upto = np.concatenate([_as_integers([bytes(32)]), integers[assignment.row_order]]).cumsum(
                 0, dtype=np.uint64
             )
             sums = upto[assignment.starts[1:]] - upto[assignment.starts[:-1]]
             hashes = dict(zip(client_names(clients), map(_in_hex, sums), strict=True))
         else:
-            hashes = {"all clients": _in_hex(words.sum(0, dtype=np.uint64))}
+            hashes = {"all clients": _in_hex(integers.sum(0, dtype=np.uint64))}
         if len(self.test):
             hashes["the server's test set"] = _in_hex(_as_integers(self.test_keys).sum(0, dtype=np.uint64))
         return hashes
@@ -159,8 +159,8 @@ def _as_integers(keys: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(keys), dtype="<u8").astype(np.uint64, copy=False).reshape(-1, 4)
 
 
-def _in_hex(words: NDArray[np.uint64]) -> str:
-    return words.astype("<u8").tobytes().hex()
+def _in_hex(integers: NDArray[np.uint64]) -> str:
+    return integers.astype("<u8").tobytes().hex()
 
 
 def client_names(count: int) -> Sequence[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.report.comparison import lower_is_better
-from atoll.report.text import metric_words
+from atoll.report.text import metric_label
 from atoll.server.run.directory import job_toml
 from atoll.sim.search.study import Search, TrialResult
 from atoll.sim.sweep.grid import format_value
@@ -75,7 +75,7 @@ def summary(search: Search, tried: Sequence[TrialResult]) -> list[str]:
     importances = search.importances(tried)
     if importances:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in importances.items())
-        lines.append(f"what the {metric_words(search.metric)} hung on: {shares}")
+        lines.append(f"what the {metric_label(search.metric)} hung on: {shares}")
     return lines
 
 
@@ -118,7 +118,7 @@ def _draw(axes: Axes, search: Search, tried: Sequence[TrialResult]) -> None:
     axes.set_xlabel("trial")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     note = " (lower is better)" if is_lower else ""
-    axes.set_ylabel(f"{metric_words(search.metric)} on what clients keep back{note}")
+    axes.set_ylabel(f"{metric_label(search.metric)} on what clients keep back{note}")
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=10)
 
 

@@ -221,7 +221,7 @@ def format_value(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def combination_words(values: Values) -> str:
+def describe_combination(values: Values) -> str:
     """The values that have a meaning, each with its key."""
     return ", ".join(_set_values(values))
 

@@ -32,10 +32,10 @@ class Modes:
     means: tuple[float, float]
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """What stands beside a mean that says little.
 
-        >>> Modes((1, 4), (0.41, 0.815)).in_words
+        >>> Modes((1, 4), (0.41, 0.815)).description
         'seeds end far apart: 1 near 0.410, 4 near 0.815'
         """
         near = ", ".join(f"{n} near {mean:.3f}" for n, mean in zip(self.counts, self.means, strict=True))
@@ -67,7 +67,7 @@ def modes_of(values: Sequence[float]) -> Modes | None:
 def remark_on(name: str, values: Sequence[float]) -> str | None:
     """A line about what is called `name`, where its seeds end in two groups."""
     modes = modes_of(values)
-    return None if modes is None else f"{name}: {modes.in_words}; the mean stands for neither."
+    return None if modes is None else f"{name}: {modes.description}; the mean stands for neither."
 
 
 def _squares(values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atoll.report.comparison import lower_is_better
-from atoll.report.text import metric_words
+from atoll.report.text import metric_label
 from atoll.sim.sweep.grid import EPSILON, format_value
 from atoll.sim.sweep.results import (
     REFERENCES,
@@ -90,7 +90,7 @@ def draw(axes: Axes, rows: Sequence[Row]) -> None:
             colour, dashes = LEVELS[name]
             axes.axhline(scores_found.mean, color=colour, linestyle=dashes, linewidth=1.3, label=label)
     metric = headline_of(rows) or ""
-    axes.set_ylabel(metric_words(metric) + (" (lower is better)" if lower_is_better(metric) else ""))
+    axes.set_ylabel(metric_label(metric) + (" (lower is better)" if lower_is_better(metric) else ""))
     axes.set_xlabel("epsilon (more privacy to the left)" if key == EPSILON else key)
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=10)
 

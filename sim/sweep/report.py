@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.report.comparison import finite
-from atoll.report.text import metric_words
-from atoll.sim.sweep.grid import combination_words, format_value
+from atoll.report.text import metric_label
+from atoll.sim.sweep.grid import describe_combination, format_value
 from atoll.sim.sweep.modes import remark_on
 from atoll.sim.sweep.plot import frontier_png
 from atoll.sim.sweep.results import (
@@ -16,6 +16,7 @@ from atoll.sim.sweep.results import (
     Row,
     as_csv,
     combinations,
+    describe_estimate,
     headline_of,
     losses,
     reference,
@@ -23,9 +24,8 @@ from atoll.sim.sweep.results import (
     scores,
     sentence,
     table,
-    value_words,
 )
-from atoll.sim.sweep.selection import Pick, selection_words, selections
+from atoll.sim.sweep.selection import Pick, describe_selection, selections
 from atoll.system.durable_files import replace_synced
 
 CHARGED_ALONE = (
@@ -46,7 +46,7 @@ class Written:
 def write_sweep(folder: Path, rows: Sequence[Row], name: str, *, missing: int) -> Written:
     """Write sweep.csv, frontier.png and sweep.md of the rows that are there; `missing` runs are not."""
     chosen = selections(rows)
-    lines = tuple(words_of(rows, chosen, missing))
+    lines = tuple(sweep_summary(rows, chosen, missing))
     files = {"table": folder / "sweep.csv", "page": folder / "sweep.md"}
     replace_synced(files["table"], as_csv(rows).encode())
     is_drawn = bool(scores(rows) and rows[0].values)
@@ -58,15 +58,15 @@ def write_sweep(folder: Path, rows: Sequence[Row], name: str, *, missing: int) -
     return Written(lines, files)
 
 
-def words_of(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[str]:
+def sweep_summary(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[str]:
     """The sentence, the references, what picking costs, and what is to be kept in mind."""
     lines = [sentence(rows)]
     for name, label in REFERENCES.items():
         by_key = reference(rows, name)
         if by_key is not None:
-            lines.append(f"For comparison, {label}: {value_words(by_key)}.")
+            lines.append(f"For comparison, {label}: {describe_estimate(by_key)}.")
     lines += _remarks_on_seeds(rows)
-    lines += [selection_words(pick) for pick in chosen]
+    lines += [describe_selection(pick) for pick in chosen]
     private = [row for row in rows if row.is_private]
     if private and not all(row.privacy["seeded_noise"] for row in private):
         lines.append(CHARGED_ALONE)
@@ -84,12 +84,12 @@ def _remarks_on_seeds(rows: Sequence[Row]) -> list[str]:
     """A line for each combination whose seeds end in two groups; folds differ in more than their seed."""
     if rows[0].job.data.folds is not None:
         return []
-    groups = [(combination_words(group[0].values), scores(group)) for group in combinations(rows)]
+    groups = [(describe_combination(group[0].values), scores(group)) for group in combinations(rows)]
     return [line for name, group_rows in groups if (line := remark_on(name or "all runs", group_rows))]
 
 
 def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: bool) -> str:
-    metric = metric_words(headline_of(rows) or "metric")
+    metric = metric_label(headline_of(rows) or "metric")
     keys = list(rows[0].values)
     repeats = "seeds" if rows[0].job.data.folds is None else "folds and seeds"
     head = [*keys, repeats, f"{metric}, mean ± standard deviation", "epsilon spent"]
@@ -107,13 +107,13 @@ def _loss_table(rows: Sequence[Row]) -> str:
     all_losses = losses(rows)
     if not all_losses:
         return ""
-    unit = "points" if scale_of(all_losses[0].metric) == 100 else metric_words(all_losses[0].metric)
+    unit = "points" if scale_of(all_losses[0].metric) == 100 else metric_label(all_losses[0].metric)
     digits = 1 if unit == "points" else 3
     lines = []
     for loss in all_losses:
         half = finite(loss.points.half)
         spread = "" if half is None else f" ± {half:.{digits}f}"
-        lines.append([combination_words(loss.values), f"{loss.points.mean:.{digits}f}{spread}"])
+        lines.append([describe_combination(loss.values), f"{loss.points.mean:.{digits}f}{spread}"])
     title = "Lost to privacy, with the 95 % interval of the mean over paired seeds:"
     return f"{title}\n\n{markdown_table(['run', unit], lines)}"
 

@@ -14,7 +14,7 @@ from scipy import stats
 from atoll.job.job import Job
 from atoll.report.comparison import comparison_of, finite, lower_is_better
 from atoll.report.run_result import RunPrivacy, RunResult
-from atoll.report.text import metric_words
+from atoll.report.text import metric_label
 from atoll.sim.sweep.grid import EPSILON, Planned, Values, format_value
 from atoll.tasks.metric_values import MetricValues
 
@@ -193,7 +193,9 @@ def sentence(rows: Sequence[Row]) -> str:
             f" add inf to --vary {EPSILON}, and the loss is told seed by seed."
         )
     nearest = min((loss.epsilon for loss in all_losses), key=lambda epsilon: abs(math.log(epsilon)))
-    sentences = [_loss_words(loss) for loss in _best_of_each([f for f in all_losses if f.epsilon == nearest])]
+    sentences = [
+        _describe_loss(loss) for loss in _best_of_each([f for f in all_losses if f.epsilon == nearest])
+    ]
     seeds = all_losses[0].points.count
     over = f"95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so that there is no interval"
     return f"At epsilon {nearest:g} {'; '.join(sentences)} ({over})."
@@ -209,14 +211,14 @@ def _best_of_each(all_losses: Sequence[Loss]) -> list[Loss]:
     return [loss for loss in all_losses if loss in chosen.values()]
 
 
-def _loss_words(loss: Loss) -> str:
+def _describe_loss(loss: Loss) -> str:
     half = "" if loss.points.half is None else f" ± {loss.points.half:{_digits(loss.metric)}}"
     unit = "points of " if scale_of(loss.metric) == 100 else "of "
     verb = "lose" if loss.points.mean >= 0 else "gain"
     other = ", ".join(f"{k} {format_value(v)}" for k, v in loss.values.items() if k != EPSILON)
     return (
         f"{f'with {other} ' if other else ''}you {verb} {abs(loss.points.mean):{_digits(loss.metric)}}{half}"
-        f" {unit}{metric_words(loss.metric)} against the same run without privacy"
+        f" {unit}{metric_label(loss.metric)} against the same run without privacy"
     )
 
 
@@ -229,10 +231,11 @@ def _best_sentence(rows: Sequence[Row]) -> str:
     assert metric is not None
     group = best(combinations(rows))
     estimate = Estimate.of(scores(group))
+    score = describe_estimate(estimate)
     values = ", ".join(f"{k} {format_value(v)}" for k, v in group[0].values.items() if v is not None)
     if not values:
-        return f"The {metric_words(metric)} is {value_words(estimate)} over {estimate.count} folds and seeds."
-    return f"The best {metric_words(metric)}, {value_words(estimate)}, has {values}."
+        return f"The {metric_label(metric)} is {score} over {estimate.count} folds and seeds."
+    return f"The best {metric_label(metric)}, {score}, has {values}."
 
 
 def best(groups: Sequence[Sequence[Row]]) -> Sequence[Row]:
@@ -243,10 +246,10 @@ def best(groups: Sequence[Sequence[Row]]) -> Sequence[Row]:
     return max(measured, key=lambda group: sign * fmean(scores(group)))
 
 
-def value_words(estimate: Estimate) -> str:
+def describe_estimate(estimate: Estimate) -> str:
     """Mean and standard deviation.
 
-    >>> value_words(Estimate.of([0.8, 0.9]))
+    >>> describe_estimate(Estimate.of([0.8, 0.9]))
     '0.850 ± 0.071'
     """
     spread = "" if estimate.deviation is None else f" ± {estimate.deviation:.3f}"
@@ -268,12 +271,12 @@ def table(rows: Sequence[Row]) -> list[Line]:
     lines = []
     for group in combinations(rows):
         scores_found = scores(group)
-        score = value_words(Estimate.of(scores_found)) if scores_found else "not measured"
-        lines.append(Line(group[0].values, len(group), score, _spent_words(group)))
+        score = describe_estimate(Estimate.of(scores_found)) if scores_found else "not measured"
+        lines.append(Line(group[0].values, len(group), score, _describe_spent(group)))
     return lines
 
 
-def _spent_words(group: Sequence[Row]) -> str:
+def _describe_spent(group: Sequence[Row]) -> str:
     """The epsilon spent, the largest of all seeds; `inf` where no number stands for it."""
     if not group[0].is_private:
         return "no privacy"

@@ -13,7 +13,16 @@ from atoll.privacy.accounting import Composition, Release
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.selection import Poisson, TruncatedNegativeBinomial, epsilon_of_all, epsilon_of_best
 from atoll.sim.sweep.grid import Values, format_value
-from atoll.sim.sweep.results import Estimate, Row, best, combinations, grouped, scores, value_words, values_of
+from atoll.sim.sweep.results import (
+    Estimate,
+    Row,
+    best,
+    combinations,
+    describe_estimate,
+    grouped,
+    scores,
+    values_of,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def _pick(rows: Sequence[Row], keys: Sequence[str], promised: Sequence[str]) -> 
     return Pick(
         promise={key: rows[0].values[key] for key in promised},
         chosen={key: chosen[0].values[key] for key in keys},
-        score=value_words(Estimate.of(scores(chosen))),
+        score=describe_estimate(Estimate.of(scores(chosen))),
         trials=len(rows),
         once=once,
         all_trials=everything,
@@ -92,7 +101,7 @@ def _spent(row: Row, unit: str) -> Composition:
     return {dp_plan.event: int(claim["releases"])}
 
 
-def selection_words(pick: Pick) -> str:
+def describe_selection(pick: Pick) -> str:
     """A line a promise."""
     promise = ", ".join(f"{key} {format_value(value)}" for key, value in pick.promise.items())
     chosen = ", ".join(f"{key} {format_value(value)}" for key, value in pick.chosen.items())

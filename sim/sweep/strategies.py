@@ -14,7 +14,7 @@ from atoll.job.job import Job
 from atoll.report.clients import worst_tenth
 from atoll.report.comparison import finite, lower_is_better
 from atoll.report.run_result import RunResult
-from atoll.report.text import metric_words
+from atoll.report.text import metric_label
 from atoll.sim.sweep.grid import Base, Grid, Planned, planned
 from atoll.sim.sweep.modes import remark_on
 from atoll.sim.sweep.plot import COLOURS, picture
@@ -98,7 +98,7 @@ class Compared:
         """A line of the table."""
         count = str(self.score.count) if self.score else "0"
         sizes = (f"{self.bytes_up / 1e6:.3g}", f"{self.bytes_down / 1e6:.3g}")
-        name = metric_words(self.metric)
+        name = metric_label(self.metric)
         return (self.strategy, count, name, interval(self.score), interval(self.worst), *sizes)
 
 
@@ -211,6 +211,6 @@ def draw(axes: Axes, lines: Sequence[Compared]) -> None:
         low, high = ([f.mean + sign * (f.half or 0.0) for f in curve] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
     metric = lines[0].metric
-    axes.set_ylabel(metric_words(metric) + (" (lower is better)" if lower_is_better(metric) else ""))
+    axes.set_ylabel(metric_label(metric) + (" (lower is better)" if lower_is_better(metric) else ""))
     axes.set_xlabel("round")
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=10)

@@ -284,7 +284,7 @@ PLANTED: dict[str, Plant] = {
     ),
     "the log is not on the disk before its checkpoint": replaced(checkpoint, "sync_file", lambda path: None),
     "an error of the disk ends the run as it is": replaced(
-        run_job, "disk_errors_in_words", lambda out: nullcontext()
+        run_job, "disk_errors_as_job_errors", lambda out: nullcontext()
     ),
     "names of clients are read as they come": replaced(client_app, "_names", json.loads),
     "signatures are not looked at": replaced(SignatureCheck, "_signature_fault", lambda *given: ""),

@@ -28,7 +28,7 @@ from atoll.job.job import Job
 from atoll.privacy.ledger import Ledger
 from atoll.server.app import FlowerTransport
 from atoll.server.rounds.central_dp import LedgerLocation
-from atoll.server.run.run_job import disk_errors_in_words, run_job
+from atoll.server.run.run_job import disk_errors_as_job_errors, run_job
 from atoll.server.run_audit import RunAuditLog
 from tests.fault_simulation.disk import Died, Disk
 from tests.fault_simulation.faults import SERVER, START, WORK, Fault, Scenario
@@ -151,7 +151,7 @@ class World:
             life = self.life
             self.scheduler.after(most_seconds, lambda: self._end(life))
         try:
-            with disk_errors_in_words(out):
+            with disk_errors_as_job_errors(out):
                 audit = RunAuditLog.open(self.server.folder / "state", self.job)
             carrier = FlowerTransport(
                 cast(Grid, self.grid), "simulated faults", roster=roster(), signed=True, audit=audit

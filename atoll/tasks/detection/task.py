@@ -10,9 +10,9 @@ import torch
 
 from atoll.backbones.dense_vision import (
     SIZE,
+    describe_size,
     picture_size,
     refuse_variation,
-    size_in_words,
     size_of,
     without_other_parts,
 )
@@ -70,7 +70,7 @@ class Detection(SchemaTask):
     sees_targets: bool = True
     primary_metric: str = "map"
     size: int = SIZE
-    inputs_in_words: str = ""
+    inputs_description: str = ""
     reads_pictures: bool = True
     depth: Depth | None = None
     max_boxes: int | None = None
@@ -78,8 +78,8 @@ class Detection(SchemaTask):
     def configured(self, job: Job, backbone: Backbone) -> Detection:
         options = options_of(job.task.options, DetectionOptions)
         size = size_of(job, backbone)
-        size_text = size_in_words(job, size)
-        bound = replace(self, size=size, inputs_in_words=size_text, max_boxes=options.max_boxes)
+        size_text = describe_size(job, size)
+        bound = replace(self, size=size, inputs_description=size_text, max_boxes=options.max_boxes)
         return replace(bound, depth=Depth.of(job.data))
 
     def check(self, job: Job) -> None:

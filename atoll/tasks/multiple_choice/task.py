@@ -209,10 +209,10 @@ class MultipleChoice(LanguageModeling):
         return likelihood, size, generated, torch.tensor([answer["fits"] for answer in predictions])
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        return [_in_words(answer) for answer in predictions]
+        return [_readable(answer) for answer in predictions]
 
 
-def _in_words(answer: Mapping[str, Any]) -> dict[str, Any]:
+def _readable(answer: Mapping[str, Any]) -> dict[str, Any]:
     """An answer for `atoll predict`: the most likely choice, all log-likelihoods, and what was written."""
     written = {"written": answer["written"]} if "written" in answer else {}
     if not answer["texts"]:

@@ -16,11 +16,11 @@ from atoll.backbones.dense_vision import (
     SIZE,
     PictureEncoder,
     calibrate_batch_norm,
+    describe_size,
     fill_all_but_classes,
     noise_pictures,
     of_torchvision,
     refuse_variation,
-    size_in_words,
     size_of,
     without_other_parts,
 )
@@ -90,13 +90,13 @@ class Segmentation(SchemaTask):
     uses_pooled_features: bool = False
     primary_metric: str = "mean_iou"
     size: int = SIZE
-    inputs_in_words: str = ""
+    inputs_description: str = ""
     reads_pictures: bool = True
     depth: Depth | None = None
 
     def configured(self, job: Job, backbone: Backbone) -> Segmentation:
         size = size_of(job, backbone)
-        return replace(self, size=size, inputs_in_words=size_in_words(job, size), depth=Depth.of(job.data))
+        return replace(self, size=size, inputs_description=describe_size(job, size), depth=Depth.of(job.data))
 
     def check(self, job: Job) -> None:
         options = options_of(job.task.options, SegmentationOptions)

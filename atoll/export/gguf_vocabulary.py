@@ -20,7 +20,7 @@ NORMAL, SPECIAL, ADDED, UNUSED = 1, 3, 4, 5
 """Kinds of tokens: ordinary, special, added to a text's vocabulary, and rows that no token has."""
 
 
-def check_words(tokenizer: Any) -> None:
+def check_vocabulary(tokenizer: Any) -> None:
     """Raises ConfigError unless GGUF has a name for what the tokenizer does."""
     parts = _parts(tokenizer)
     model, why = parts["model"], None
@@ -75,7 +75,7 @@ def _ends(tokenizer: Any) -> tuple[bool, bool] | None:
     return None
 
 
-def add_words(writer: Any, tokenizer: Any, size: int) -> None:
+def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
     """All tokens up to the network's `size`, how texts become them, what is special, and the template.
 
     Raises:
