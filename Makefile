@@ -21,7 +21,7 @@ test: $(STAMP)
 	$(MAKE) --jobs=2 check tests
 
 tests: $(STAMP)
-	$(BIN)/python -m tests.processes
+	$(BIN)/python -m tests.support.processes
 	$(BIN)/python -m pytest $(TOGETHER) -m "not matrix and not gpu"
 
 fast: $(STAMP)
@@ -37,11 +37,11 @@ matrix: $(STAMP)
 # Messages in place of what sites and servers send, that atheris makes up by the branches they reach.
 CASES ?= 1000000
 fuzz: $(STAMP)
-	$(BIN)/python -m tests.fuzzing --cases $(CASES)
+	$(BIN)/python -m tests.protocol.fuzzing --cases $(CASES)
 
 # As many by the strategies of the suite, 250,000 a test; hours on one core.
 fuzz-structured: $(STAMP)
-	ATOLL_TEST_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzzed_replies.py
+	ATOLL_TEST_PROFILE=fuzz $(BIN)/python -m pytest tests/protocol/test_fuzzed_replies.py
 
 # Federations under faults that a seed decides; see docs/fault-simulation.md.
 SEEDS ?= 10000

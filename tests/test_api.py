@@ -13,7 +13,7 @@ import atoll
 from atoll.server.events import ignore_events
 from atoll.server.run.directory import job_toml
 from atoll.sim.engines.engine import simulate
-from tests.test_cli import DIGITS
+from tests.cli.test_cli import DIGITS
 
 
 @pytest.fixture(scope="module")

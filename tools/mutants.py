@@ -5,8 +5,8 @@
 A mutant is the module with one comparison, operator, number or truth value changed, a condition turned round,
 or a call left out. Each is tried in a process of its own, in which the mutated source is imported instead of
 the file, on the test files that import the module (no test that starts processes), the quick ones first, and
-at the last on the watchdogs of tests/test_sabotage.py. Those that no test notices are listed: a hole in the
-tests, or a change that makes no difference, which `tests/mutants.toml` then explains.
+at the last on the watchdogs of tests/privacy/runs/test_sabotage.py. Those that no test notices are listed: a
+hole in the tests, or a change that makes no difference, which `tests/mutants.toml` then explains.
 
 The tests are run in processes that are forked from one that has torch, SciPy and pytest imported and nothing
 of Atoll's.
@@ -40,7 +40,7 @@ SECONDS = 240.0
 """After which a mutant counts as noticed: it made a test hang."""
 TESTS_SECONDS = 45.0
 """Of test files' budgets, at most, before the watchdogs."""
-WATCHDOGS = ("tests/test_sabotage.py", "-k", "test_the_code_as_it_is_passes")
+WATCHDOGS = ("tests/privacy/runs/test_sabotage.py", "-k", "test_the_code_as_it_is_passes")
 
 IMPORTED = (
     "torch", "numpy", "scipy.stats", "scipy.optimize", "pyarrow", "pydantic", "pytest", "torchvision",
@@ -206,15 +206,18 @@ def tests_of(name: str) -> list[str]:
     budgets: dict[str, float] = tomllib.loads((ROOT / "tests" / "budget.toml").read_text())["seconds"]
     parent, _, leaf = name.rpartition(".")
     words = (f"from {name} import", f"import {name}\n", f"from {parent} import {leaf}")
+    federated = {"federation", "fault_simulation"}  # starts processes, or plays whole federations
     files = [
-        p for p in sorted((ROOT / "tests").glob("test_*.py")) if any(w in p.read_text("utf-8") for w in words)
+        file.relative_to(ROOT / "tests").as_posix()
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        if not federated & set(file.parts) and any(word in file.read_text("utf-8") for word in words)
     ]
     chosen: list[str] = []
     seconds = 0.0
-    for file in sorted(files, key=lambda file: budgets.get(file.name, 1.0)):
-        seconds += budgets.get(file.name, 1.0)
-        if file.name != "test_sabotage.py" and (seconds <= TESTS_SECONDS or not chosen):
-            chosen.append(f"tests/{file.name}")
+    for file in sorted(files, key=lambda file: budgets.get(file, 1.0)):
+        seconds += budgets.get(file, 1.0)
+        if f"tests/{file}" != WATCHDOGS[0] and (seconds <= TESTS_SECONDS or not chosen):
+            chosen.append(f"tests/{file}")
     return chosen
 
 

@@ -3,9 +3,9 @@
 One number. Canonne, Kamath and Steinke 2020 (arXiv 2004.00010, theorem 7) give the exact delta of each
 epsilon: P[X > a - D/2] - exp(epsilon) P[X > a + D/2] with a = epsilon variance / D, for a sensitivity of D
 grid steps. It isn't always below the continuous Gaussian's: at 8 steps to a deviation delta is up to
-2.6e-4 more, at 64 up to 4e-6, at 512 up to 6e-8 (tests/test_discrete_accounting.py). Nor is one number
-enough, for the lattice isn't invariant under rotation: neighbours that differ by (3, 4) and by (5, 0) have
-different curves. For vectors their theorem 14 bounds concentrated privacy only, whose epsilon is looser
+2.6e-4 more, at 64 up to 4e-6, at 512 up to 6e-8 (tests/privacy/test_discrete_accounting.py). Nor is one
+number enough, for the lattice isn't invariant under rotation: neighbours that differ by (3, 4) and by (5, 0)
+have different curves. For vectors their theorem 14 bounds concentrated privacy only, whose epsilon is looser
 than that of the continuous Gaussian's privacy loss distribution (PLD).
 
 What holds for vectors, sampling and composition alike: a discrete Gaussian is all but exactly what

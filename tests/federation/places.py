@@ -23,8 +23,8 @@ from atoll.server.deploy.provision import provision
 from atoll.server.deploy.status import status
 from atoll.server.deploy.submit import submit
 from atoll.server.run.directory import job_toml
-from tests.processes import Started, wait_until
-from tests.processes import atoll as start_atoll
+from tests.support.processes import Started, wait_until
+from tests.support.processes import atoll as start_atoll
 
 ASKING = 0.2
 """Seconds between two questions to a server, each of which it has to answer by two calls of its own."""

@@ -12,7 +12,7 @@ from atoll.kit.kit import ServerKit
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.lines import DOWN, UP, Fault, Line, lined
 from tests.federation.places import result_of
-from tests.processes import wait_until
+from tests.support.processes import wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.matrix, pytest.mark.timeout(900)]
 

@@ -14,7 +14,7 @@ from atoll.server.deploy.status import status
 from atoll.system.audit_file import FILE, verify
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import command_lines, result_of, rounds_of
-from tests.processes import wait_until
+from tests.support.processes import wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
@@ -57,7 +57,7 @@ def test_sites_and_servers_that_die_or_come_late_cost_no_bit(ring: Ring) -> None
 
 
 def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it(ring: Ring) -> None:  # row 5
-    """How long a round waits for a site that is gone is held to a turned clock in tests/test_carrier.py."""
+    """How long a round waits for it is held to a turned clock in tests/server/rounds/test_carrier.py."""
     federation, out = ring.whole(), ring.federation.folder / "leaving"
     held = ring.hold("leaving", 1)
     cuts = [ring.cut("leaving", 2, kind, "client-0000") for kind in ("train", "evaluate")]

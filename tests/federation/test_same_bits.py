@@ -15,14 +15,14 @@ from atoll.server.run.directory import job_toml
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import client_names
 from atoll.sim.population.write_shards import write_shards
+from tests.backbones.test_backbones import tiny_bert
 from tests.federation.news import news_file
 from tests.federation.places import Federation, atoll, federation_of, result_of
-from tests.small import few_pictures
-from tests.task_data import ready
-from tests.task_jobs import DRAWING, TABLES, job_of
-from tests.test_backbones import tiny_bert
-from tests.test_simulation import kill_after
-from tests.test_tasks import METHODS, WORKING
+from tests.sim.test_simulation import kill_after
+from tests.support.small import few_pictures
+from tests.support.task_data import ready
+from tests.support.task_jobs import DRAWING, TABLES, job_of
+from tests.tasks.test_tasks import METHODS, WORKING
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(900)]
 

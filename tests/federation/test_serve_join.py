@@ -24,8 +24,8 @@ from atoll.system.audit_file import FILE
 from atoll.system.child_process import free_port
 from tests.federation.conftest import CLIENTS, SECRET, Ring, job, weights_home
 from tests.federation.places import provisioned, result_of, rounds_of
-from tests.processes import wait_until
-from tests.test_health import probe, states
+from tests.server.deploy.test_health import probe, states
+from tests.support.processes import wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 

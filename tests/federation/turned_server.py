@@ -16,7 +16,7 @@ from pathlib import Path
 from atoll.job.job import Job
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request
-from tests.clock import TurnedClock
+from tests.support.clock import TurnedClock
 
 CUTS = "ATOLL_TEST_CUTS"
 

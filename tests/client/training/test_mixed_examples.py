@@ -1,0 +1,196 @@
+"""Networks in which examples see each other are refused, and those that only look like it aren't."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from atoll.client.dp import dp_sgd_model
+from atoll.client.dp.dp_sgd_model import hooks_suffice_for
+from atoll.client.dp.example_draws import example_numbers
+from atoll.client.dp.per_example_gradients import per_example_gradients
+from atoll.client.dp.private_examples import PrivateExamples
+from atoll.errors import ConfigError
+from tests.privacy.watchdogs import Record, Records, a_model
+
+WIDTH = 120
+
+
+class Around(nn.Module):
+    """Two linear layers and what is between them."""
+
+    def __init__(self, middle: nn.Module | None = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            self.first, self.last = nn.Linear(7, WIDTH), nn.Linear(WIDTH, 3)
+        self.middle = middle or nn.Identity()
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.between(self.middle(torch.tanh(self.first(batch["x"])))))
+        return out
+
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return states
+
+
+class CentresLargeBatches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0) if len(x) > 2 else x
+
+
+class MixesInItsParent(Around):
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return states + 0.01 * states.roll(1, 0)
+
+
+class NormsByFunction(Around):
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(states, None, None, training=True)
+
+
+class MasksByNumpy(Around):
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return states * torch.from_numpy(np.random.rand(*states.shape) < 0.9)
+
+
+class MasksByPython(Around):
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return states * (0.5 if random.random() < 0.5 else 1.0)
+
+
+class DropsAcross(Around):
+    """Dropout where the examples are on the second axis."""
+
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(states.T, 0.5).T
+
+
+class DropsAcrossAFew(Around):
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        few = nn.functional.dropout(states[:, :7].T, 0.5).T
+        return torch.cat([few, states[:, 7:]], dim=1)
+
+
+class Shuffles(Around):
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return states[:, torch.randperm(WIDTH)]
+
+
+class BehindAZero(Around):
+    """A branch that mixes, whose gate is still closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.branch = nn.Parameter(torch.zeros(())), CentresLargeBatches()
+
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return states + self.gate.detach() * self.branch(states)
+
+
+class DropsItself(Around):
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(states, 0.5) + 0.1 * torch.randn_like(states)
+
+
+class LeavesOut(Around):
+    """A layer that is left out for all alike, as wav2vec 2.0 does it."""
+
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        return states if bool(torch.rand([]) < 0.5) else 2 * states
+
+
+def shard_of(count: int = 9) -> Any:
+    draw = torch.Generator().manual_seed(4)
+    return Records([Record(f"e{i}", torch.randn(7, generator=draw), i % 3) for i in range(count)])
+
+
+def learner_of(model: nn.Module, loss: Any = nn.functional.cross_entropy) -> Any:
+    learner = a_model(model)
+    learner.objective.loss = lambda shard: loss
+    return learner
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Around(CentresLargeBatches()), r"backbone small: layer middle mixes the examples of a batch"),
+        (Around(nn.BatchNorm1d(WIDTH)), r"layer middle mixes"),
+        (BehindAZero(), r"layer branch mixes"),
+        (
+            MixesInItsParent(),
+            r"of an example is another one in another batch, of 8 examples",
+        ),  # loss or gradient
+        (
+            NormsByFunction(),
+            r"of an example is another one in another batch|can't be taken example by example",
+        ),
+        (MasksByNumpy(), r"of an example is another one drawn again from the same seeds"),
+        (DropsAcross(), r"of an example is another one in another batch|draws \[120, \d\] numbers"),
+        (DropsAcrossAFew(), r"draws \[7, 8\] numbers by bernoulli_ for a batch of 8"),
+        (Shuffles(), r"draws by aten\.randperm"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_network_that_mixes_examples_is_refused(model: nn.Module, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        hooks_suffice_for(learner_of(model), shard_of())
+
+
+def test_draws_that_torch_does_not_make_are_found_in_the_end() -> None:
+    """One number of Python's may come twice: of 20 looks one at least sees it."""
+    with pytest.raises(ConfigError, match="is another one"):
+        for _ in range(20):
+            hooks_suffice_for(learner_of(MasksByPython()), shard_of())
+
+
+def by_the_batch(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A mean over what is left of the batch once one class is ignored."""
+    return nn.functional.cross_entropy(outputs, targets, ignore_index=0)
+
+
+def test_a_loss_whose_divisor_is_the_batchs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the gradient of an example is another one"):
+        hooks_suffice_for(learner_of(Around(), by_the_batch), shard_of())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Around(), Around(nn.Dropout(0.5)), Around(nn.LayerNorm(WIDTH)), Around(nn.BatchNorm1d(WIDTH).eval()),
+        Around(StochasticDepth(0.5, "row")), Around(StochasticDepth(0.5, "batch")),
+        DropsItself(), LeavesOut(),
+    ],
+    ids=["plain", "dropout", "norm", "still", "rows left out", "layers left out", "functions", "by a scalar"],
+)  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_a_network_whose_examples_are_apart_is_taken(model: nn.Module, count: int) -> None:
+    hooks = hooks_suffice_for(learner_of(model), shard_of(count))
+    assert hooks == all(module.training for module in model.modules())
+
+
+def test_it_is_looked_at_once_a_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(dp_sgd_model, "refuse_mixed_examples", lambda *given, **more: seen.append(given))
+    learner = learner_of(Around())
+    assert not hooks_suffice_for(learner, cast(Any, [])) and not seen  # nothing to look at
+    for _ in range(3):
+        hooks_suffice_for(learner, shard_of())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("model", [Around(StochasticDepth(0.5, "batch")), LeavesOut(), DropsItself()])
+def test_an_example_that_passes_alone_has_the_gradient_it_has_among_others(model: nn.Module) -> None:
+    learner, shard = learner_of(model), shard_of(40)
+    numbers = example_numbers(shard.keys)
+    for number in range(4):
+        examples = PrivateExamples(learner, cast(Any, shard), numbers, (1, "c", number))
+        with per_example_gradients(learner.model, nn.functional.cross_entropy, hooks=True) as gradients:
+            alone, among = (examples.gradients_of(gradients, rows) for rows in ([3], [0, 3, 7]))
+        for name in alone:
+            torch.testing.assert_close(alone[name][0], among[name][1], rtol=1e-4, atol=1e-6)
