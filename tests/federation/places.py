@@ -98,13 +98,18 @@ def unused_port() -> int:
 
 
 def provisioned(
-    folder: Path, names: tuple[str, ...], port: int, clients: Mapping[str, Sequence[str]] | None = None
+    folder: Path,
+    names: Sequence[str],
+    port: int,
+    clients: Mapping[str, Sequence[str]] | None = None,
+    *,
+    host: str = "127.0.0.1",
 ) -> dict[str, Path]:
     """Kits by name; `clients` are those of sites that answer for others than one of their own name."""
     folder.mkdir(parents=True, exist_ok=True)
     hosted = {name: f"clients = {json.dumps(list(given))}\n" for name, given in (clients or {}).items()}
     sites = "".join(f'[[site]]\nname = "{name}"\n{hosted.get(name, "")}' for name in names)
-    (folder / "sites.toml").write_text(f'[server]\nhost = "127.0.0.1"\nport = {port}\n{sites}')
+    (folder / "sites.toml").write_text(f'[server]\nhost = "{host}"\nport = {port}\n{sites}')
     return {kit.name: kit for kit in provision(folder / "sites.toml", folder / "kits")}
 
 
@@ -170,12 +175,12 @@ class Federation:
             raise AssertionError(f"{error}; they said:\n{said}") from error
         return result_of(out)
 
-    def submit(self, job: Job, out: Path, *options: str) -> Running:
+    def submit(self, job: Job, out: Path, *words: str, **options: Any) -> Running:
         """Submit in a process of its own."""
         file = out.with_suffix(".toml")
         file.write_text(job_toml(job))
-        arguments = ("submit", str(file), "--server", str(self.server), "--out", str(out), *options)
-        return self.start("submit", *arguments)
+        arguments = ("submit", str(file), "--server", str(self.server), "--out", str(out), *words)
+        return self.start("submit", *arguments, **options)
 
     def latest(self) -> int:
         """The id of the latest run."""
