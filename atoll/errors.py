@@ -30,6 +30,9 @@ class DataError(InputError):
 class DataChanged(DataError):
     """A shard is no longer what it was when the run began."""
 
+    def __init__(self) -> None:
+        super().__init__("its data changed during the run; the next run takes it as it is then")
+
 
 class WeightsError(InputError):
     """A backbone's weights are missing or damaged; the message says where they were looked for."""

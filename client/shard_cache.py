@@ -121,7 +121,7 @@ class ShardCache:
     def _unchanged(self, job: Job, name: str) -> str:
         fingerprint = self.shards.fingerprint(job, name)
         if fingerprint != self._fingerprints.setdefault((name, job.hash), fingerprint):
-            raise DataChanged("its data changed during the run; the next run takes it as it is then")
+            raise DataChanged()
         return fingerprint
 
 

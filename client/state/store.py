@@ -1,4 +1,4 @@
-"""Stores the state that clients keep from round to round, such as compression errors.
+"""Stores what clients keep for a run: a method's state, such as compression errors, and the data's hash.
 
 A client's state is a flat dict of tensors, stored with its round. A round reads the newest state of earlier
 rounds, whatever was stored since, so that repeated requests, repeated rounds and resumed runs read the same
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from atoll.errors import DataError, JobError
 from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
-from atoll.system.durable_files import remove, replace_all
+from atoll.system.durable_files import remove, replace_all, replace_synced
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ DAYS_KEPT = 30.0
 """Days after which a real site deletes a silent run's states; resumed later, it starts without states."""
 
 HASH = "sha256"
+DATA_FILE = "data.sha256"
 
 
 @dataclass
@@ -48,6 +49,7 @@ class ClientStateStore:
     folder: Path | None = None
     of_one_run: bool = False
     _held: dict[tuple[str, str], dict[int, Tensors]] = field(default_factory=dict)
+    _data: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def load_before(self, run: str, client: str, round: int) -> Tensors:
         """The client's newest state of a round before `round`; empty where there is none.
@@ -78,6 +80,28 @@ class ClientStateStore:
             until, later = [r for r in rounds if r <= round], [r for r in rounds if r > round]
             for old in until[:-ROUNDS_KEPT] + later[:-ROUNDS_KEPT]:
                 self._forget(run, client, old)
+
+    def data_of(self, run: str, client: str, now: str) -> str:
+        """The hash of the client's data when it first worked for the run: `now`, if that is now.
+
+        It is on disk before the client works, so that a restarted site still has it. Without a folder, and in
+        simulations, where data can't change, nothing is stored.
+
+        Raises:
+            DataError: the hash can't be written or read.
+        """
+        if self.folder is None or self.of_one_run:
+            return now
+        if (run, client) not in self._data:
+            path = self._path(run, client, 0).with_name(DATA_FILE)
+            try:
+                if not path.exists():
+                    self._make(path.parent)
+                    replace_synced(path, now.encode(), mode=0o600)
+                self._data[run, client] = path.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}: can't be kept or read: {error}") from None
+        return self._data[run, client]
 
     def _write(self, run: str, round: int, states: Mapping[str, Tensors]) -> None:
         files = {self._path(run, client, round): encoded(state) for client, state in states.items()}

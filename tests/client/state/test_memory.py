@@ -46,6 +46,26 @@ def test_a_round_takes_the_newest_state_of_the_rounds_before_it(tmp_path: Path) 
         assert whole["head/w"].dtype == torch.float64
 
 
+def test_a_run_remembers_the_data_that_it_began_with_over_a_restart(tmp_path: Path) -> None:
+    kept = ClientStateStore(tmp_path / "site")
+    assert kept.data_of("run", "a", "first") == kept.data_of("run", "a", "second") == "first"
+    again = ClientStateStore(tmp_path / "site")
+    assert again.data_of("run", "a", "second") == "first"
+    assert again.data_of("next run", "a", "second") == again.data_of("run", "b", "second") == "second"
+    again.save("run", 1, {"a": state(1)})
+    assert value_of(again.load_before("run", "a", 2)) == 1
+    files = list((tmp_path / "site").rglob("data.sha256"))
+    assert len(files) == 3 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    for whole in (ClientStateStore(), ClientStateStore(tmp_path / "simulation", of_one_run=True)):
+        assert [whole.data_of("run", "a", now) for now in ("first", "second")] == ["first", "second"]
+
+
+def test_data_that_cannot_be_remembered_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "site").write_text("no folder")
+    with pytest.raises(DataError, match=r"data\.sha256: can't be kept or read: "):
+        ClientStateStore(tmp_path / "site").data_of("run", "a", "first")
+
+
 def test_a_round_done_again_replaces_what_it_left_and_nothing_else(tmp_path: Path) -> None:
     for kept in memories(tmp_path):
         for round in (1, 2, 3):
