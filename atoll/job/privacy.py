@@ -76,6 +76,7 @@ class PrivacySection(DpGuarantee):
 
     `seeded_noise` is reproducible and therefore protects nobody: it is for simulations. With `audit`, a
     simulation is attacked at its end, and reports the lower bound on epsilon that the attack proves.
+    `ghost_norms` clips examples' gradients without laying them out, in less memory.
     """
 
     unit: Literal["none", "example", "client", "both"] = "none"
@@ -87,6 +88,7 @@ class PrivacySection(DpGuarantee):
         Excludes("train.lr_schedule", "for such a run can't be attacked"),
         Excludes("train.layer_decay", "for such a run can't be attacked"),
     ] = False
+    ghost_norms: Annotated[bool, Needs("unit", ("example", "both"))] = False
     example: DpGuarantee | None = None
     client: DpGuarantee | None = None
 

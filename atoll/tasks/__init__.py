@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMAGE", "METRICS", "NAME", "NUMBER", "NUMBERS", "SOUND", "TASKS", "TEXT", "Column", "Entry", "InfoField",
-    "ModuleTask", "Task", "check_metric_options", "check_metrics", "check_task", "headline_of", "task_named",
-    "trains_on_features", "with_brought_metrics",
+    "ModuleTask", "Task", "check_ghost_norms", "check_metric_options", "check_metrics", "check_task",
+    "headline_of", "task_named", "trains_on_features", "with_brought_metrics",
 ]  # fmt: skip
 
 _OF_MODULES = ("IMAGE", "NAME", "NUMBER", "NUMBERS", "SOUND", "TEXT", "Column", "ModuleTask")
@@ -266,3 +266,12 @@ def headline_of(name: str) -> str:
 def trains_on_features(job: Job) -> bool:
     """Whether the job trains a head on cached features of a frozen backbone, and nothing else."""
     return task_named(job.task.name).uses_pooled_features and job.backbone_is_frozen
+
+
+def check_ghost_norms(job: Job) -> None:
+    """Raises ConfigError if `privacy.ghost_norms` is set and heads on features are all that is trained."""
+    if job.privacy.ghost_norms and all(trains_on_features(stage) for stage in job.stages):
+        raise ConfigError(
+            f"privacy.ghost_norms has no meaning with tune.method = {job.tune.method!r} on features, where"
+            " examples are clipped in closed form: remove it, or tune more than the head"
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 
 from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd
 from atoll.client.dp.example_draws import example_numbers
+from atoll.client.dp.ghost_norms import Passes, ghost_passes, zeros_like
+from atoll.client.dp.ghost_norms_fit import refuse_without_ghost_norms
 from atoll.client.dp.mixed_examples import refuse_mixed_examples, refuse_mixing_layers
 from atoll.client.dp.per_example_gradients import PerExampleGradients, hooks_suffice, per_example_gradients
 from atoll.client.dp.private_examples import PrivateExamples, on_device
@@ -59,15 +63,11 @@ def train_privately(
     drawn = private.draw(client, numbers)
     rates = StepRates.of(job, round, [len(drawn)], "cpu")
     optimizer = optimizer_of(model, job, rates)
-    hooks = hooks_suffice_for(learner, shard)
     noise = _Noise(private, client, parameters)
-    with (
-        repeatable(job.train.device),
-        per_example_gradients(model, learner.objective.loss(shard), hooks=hooks) as gradients,
-    ):
+    with repeatable(job.train.device), clipped_sums(learner, shard) as summed:
         for number, rows in enumerate(drawn):
             examples = PrivateExamples(learner, shard, numbers, (round, client, number))
-            total = clipped_sum(gradients, examples, rows, private)
+            total = summed(examples, rows, private)
             for name, gradient in noise.added(total).items():
                 parameters[name].grad = gradient.to(parameters[name])
             if mu:
@@ -84,6 +84,27 @@ def train_privately(
         num_examples=public[0][0],
         states={name: state[0] for name, state in public[1].items()},
     )
+
+
+ClippedSum = Callable[[PrivateExamples, NDArray[np.int64], DpSgd], Tensors]
+"""(examples, rows, their protection) to the rows' sum of clipped gradients over the divisor, by name."""
+
+
+@contextmanager
+def clipped_sums(learner: Learner, shard: Shard) -> Iterator[ClippedSum]:
+    """A context that yields a function for clipped sums, by gradients or by ghost norms as the job says.
+
+    Raises:
+        ConfigError: a layer mixes the examples of a batch, or ghost norms can't be had.
+    """
+    hooks = hooks_suffice_for(learner, shard)
+    loss = learner.objective.loss(shard)
+    if learner.job.privacy.ghost_norms:
+        with ghost_passes(learner.model, loss) as passes:
+            yield partial(ghost_clipped_sum, passes)
+        return
+    with per_example_gradients(learner.model, loss, hooks=hooks) as gradients:
+        yield partial(clipped_sum, gradients)
 
 
 def clipped_sum(
@@ -103,10 +124,28 @@ def clipped_sum(
     return total
 
 
+def ghost_clipped_sum(
+    passes: Passes, examples: PrivateExamples, rows: NDArray[np.int64], private: DpSgd
+) -> Tensors:
+    """As `clipped_sum`, by norms and sums that lay out no gradient of a large layer."""
+    total = zeros_like(trainable.trainable(examples.learner.model))
+    for begin in range(0, len(rows), EXAMPLES_PER_GRADIENT_BATCH):
+        part = rows[begin : begin + EXAMPLES_PER_GRADIENT_BATCH].tolist()
+        passed = examples.passed(passes, part)
+        factors = _factors_of_norms(passed.squared_norms().sqrt(), private)
+        factors[len(part) :] = 0
+        passed.add_to(total, factors)
+    return {name: t.cpu() for name, t in total.items()}
+
+
 def _factors(each: Mapping[str, torch.Tensor], private: DpSgd) -> torch.Tensor:
     """The factor that clips each example's gradient over all tensors together and divides it, [batch]."""
     squares = [g.flatten(1).to(torch.float64).square().sum(1) for g in each.values()]
-    norm = torch.stack(squares).sum(0).sqrt()
+    return _factors_of_norms(torch.stack(squares).sum(0).sqrt(), private)
+
+
+def _factors_of_norms(norm: torch.Tensor, private: DpSgd) -> torch.Tensor:
+    """The factor that clips each example's gradient of this norm and divides it; 0 if it isn't finite."""
     clipped = (private.clipping_norm * CLIP_ROUNDING_MARGIN / norm.clamp_min(1e-12)).clamp_max(1.0)
     return clipped.masked_fill(~torch.isfinite(norm), 0.0) / private.divisor
 
@@ -147,6 +186,8 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
         refuse_mixing_layers(learner, batch)
         with global_stream(learner.job.seed, "dropout"):
             hooks = hooks_suffice(learner.model, loss, batch, targets)
+        if learner.job.privacy.ghost_norms:
+            refuse_without_ghost_norms(learner, shard)
         refuse_mixed_examples(learner, shard, hooks=hooks)
         _in_use[:] = [(learner, hooks)]
     return _in_use[0][1]
@@ -161,13 +202,9 @@ def model_sums(
     trainable.training_mode(model)
     assert private.draw is not None
     for client, shard in shards.items():
-        hooks = hooks_suffice_for(learner, shard)
         numbers = example_numbers(shard.keys)
         rows = private.draw(client, numbers)[0]
         examples = PrivateExamples(learner, shard, numbers, (round, client, 0))
-        with (
-            repeatable(learner.job.train.device),
-            per_example_gradients(model, learner.objective.loss(shard), hooks=hooks) as gradients,
-        ):
-            total = clipped_sum(gradients, examples, rows, private)
+        with repeatable(learner.job.train.device), clipped_sums(learner, shard) as summed:
+            total = summed(examples, rows, private)
         yield client, total

@@ -19,8 +19,9 @@ from torch import nn
 
 from atoll.backbones.encoder import Batch
 from atoll.client.dp.example_draws import example_draws, example_numbers
+from atoll.client.dp.ghost_norms import folded_gradients
 from atoll.client.dp.per_example_gradients import PerExampleGradients, per_example_gradients
-from atoll.client.dp.private_examples import batch_gradients, on_device
+from atoll.client.dp.private_examples import on_device, passed_batch
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.learning.determinism import repeatable
@@ -56,10 +57,10 @@ def refuse_mixed_examples(learner: Learner, shard: Shard, *, hooks: bool) -> Non
 
 def _look(learner: Learner, shard: Shard, *, hooks: bool) -> None:
     probe = _Probe.of(learner, shard)
-    with (
-        repeatable(learner.job.train.device),
-        per_example_gradients(learner.model, learner.objective.loss(shard), hooks=hooks) as gradients,
-    ):
+    model, loss = learner.model, learner.objective.loss(shard)
+    ghost = learner.job.privacy.ghost_norms
+    by_example = folded_gradients(model, loss) if ghost else per_example_gradients(model, loss, hooks=hooks)
+    with repeatable(learner.job.train.device), by_example as gradients:
         first = probe.seen(gradients, BATCHES[0])
         _compare(learner, first, probe.seen(gradients, BATCHES[0]), "drawn again from the same seeds")
         for members in BATCHES[1:]:
@@ -88,7 +89,7 @@ class _Probe:
         names = [member.to_bytes(32, "little") for member in range(MEMBERS)]
         numbers = example_numbers(names)[list(members)]
         step = (0, "", 0)
-        outcomes = dict(batch_gradients(self.learner, gradients, batch, targets, numbers, step))
+        outcomes = dict(passed_batch(self.learner, gradients, batch, targets, numbers, step))
         with torch.no_grad(), example_draws(numbers, self.learner.job.seed, step):
             there, aims = on_device(self.learner, batch, targets)
             outputs, loss = self.learner.model(there), self.learner.objective.loss(self.shard)

@@ -35,17 +35,17 @@ def per_example_gradients(model: Model, loss: Loss, *, hooks: bool) -> Iterator[
     if not hooks:
         yield lambda batch, targets: _by_functions(model, loss, batch, targets)
         return
-    with warnings.catch_warnings(), _nothing_in_place(model):
+    with warnings.catch_warnings(), nothing_in_place(model):
         warnings.filterwarnings("ignore", "Full backward hook is firing")
         try:
             hooked = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
             yield lambda batch, targets: _by_hooks(hooked, model, loss, batch, targets)
         finally:
-            _unhook(model)
+            unhook(model)
 
 
 @contextmanager
-def _nothing_in_place(model: nn.Module) -> Iterator[None]:
+def nothing_in_place(model: nn.Module) -> Iterator[None]:
     """Within the block, no layer overwrites its input, which the hooks still need."""
     changed = [m for m in model.modules() if getattr(m, "inplace", False) is True]
     for module in changed:
@@ -57,7 +57,7 @@ def _nothing_in_place(model: nn.Module) -> Iterator[None]:
             module.inplace = True  # type: ignore[assignment]
 
 
-def _unhook(model: nn.Module) -> None:
+def unhook(model: nn.Module) -> None:
     """Remove everything that Opacus puts on a model, also where it stopped half way."""
     for handle in vars(model).pop("autograd_grad_sample_hooks", []):
         handle.remove()

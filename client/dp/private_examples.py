@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from atoll.learning.determinism import is_gpu
 from atoll.learning.learner import Learner
 from atoll.protocol.tensors import Tensors
 
+Passed = TypeVar("Passed")
+
 
 @dataclass(frozen=True)
 class PrivateExamples:
@@ -29,7 +32,11 @@ class PrivateExamples:
     step: Step
 
     def gradients_of(self, gradients: PerExampleGradients, rows: Sequence[int]) -> Tensors:
-        """The gradients of these rows, [rows, …] by parameter, the same as in any other batch.
+        """The gradients of these rows, [rows, …] by parameter, the same as in any other batch."""
+        return {name: g[: len(rows)] for name, g in self.passed(gradients, rows).items()}
+
+    def passed(self, passes: Callable[[Batch, torch.Tensor], Passed], rows: Sequence[int]) -> Passed:
+        """What `passes` returns for the batch of these rows, with the random draws of each.
 
         A single row is computed as a batch of two, since a draw that all examples share has the shape of a
         batch of one.
@@ -38,26 +45,26 @@ class PrivateExamples:
         numbers = self.numbers[np.array(passing, dtype=np.int64)]
         varied = example_variation(numbers, self.learner.job, self.step)
         batch = self.learner.batch(self.shard, passing, varied)
-        by_name = batch_gradients(
-            self.learner, gradients, batch, self.shard.targets_of(passing), numbers, self.step
-        )
-        return {name: g[: len(rows)] for name, g in by_name.items()}
+        return passed_batch(self.learner, passes, batch, self.shard.targets_of(passing), numbers, self.step)
 
 
-def batch_gradients(
+def passed_batch(
     learner: Learner,
-    gradients: PerExampleGradients,
+    passes: Callable[[Batch, torch.Tensor], Passed],
     batch: Batch,
     targets: torch.Tensor,
     numbers: Numbers,
     step: Step,
-) -> Tensors:
-    """Every example's gradient, [batch, …] by parameter; its random draws follow from its own number."""
+) -> Passed:
+    """What `passes` returns for a batch, such as every example's gradient, [batch, …] by parameter.
+
+    An example's random draws follow from its own number.
+    """
     there, aims = on_device(learner, batch, targets)
     # A GPU's fused attention draws its dropout where nobody sees it.
     fused = sdpa_kernel(SDPBackend.MATH) if is_gpu(learner.job.train.device) else nullcontext()
     with fused, example_draws(numbers, learner.job.seed, step):
-        return gradients(there, aims)
+        return passes(there, aims)
 
 
 def on_device(learner: Learner, batch: Batch, targets: torch.Tensor) -> tuple[Batch, torch.Tensor]:

@@ -24,7 +24,7 @@ from atoll.server.run.result import Baselines, write_result
 from atoll.server.transport import Transport
 from atoll.strategies import Strategy, build_strategy, check_merging
 from atoll.system.memory import PeakMemory
-from atoll.tasks import check_metric_options, task_named
+from atoll.tasks import check_ghost_norms, check_metric_options, task_named
 
 BaselineFn = Callable[[Run], tuple[Baselines, list[str]]]
 """A function that measures a run's baselines; it returns (metrics by baseline, notes for the result)."""
@@ -121,4 +121,5 @@ def validate_job(job: Job) -> None:
     check_metric_options(job)
     for stage in job.stages:
         check_fits(stage, task_named(job.task.name))
+    check_ghost_norms(job)
     resolve(job.backbone, job.seed)

@@ -21,10 +21,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from atoll.backbones.brought.names import IMAGE_AUGMENTATIONS
+from atoll.client.dp.ghost_norms_fit import refuse_without_ghost_norms
 from atoll.errors import InputError
 from atoll.job.job import Job
 from atoll.job.privacy import PLACES
 from atoll.job.section import Section
+from atoll.learning import trainable
 from atoll.learning.learner import Learner
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.run.run_job import validate_job
@@ -38,7 +40,7 @@ TRIES = 60
 """Rows in which two values are tried together before they count as excluding each other."""
 BUILT = (
     "task", "tune.method", "backbone.prune", "backbone.prune_kind", "train.dropout",
-    "train.checkpoint_activations", "train.cached_states", "tune.layers",
+    "train.checkpoint_activations", "train.cached_states", "tune.layers", "privacy.ghost_norms",
 )  # fmt: skip
 """Keys that ask something of the network itself."""
 COSTLY = ("image-text", "medical-imaging", "object-detection", "segmentation")
@@ -264,7 +266,7 @@ def job_in(row: Mapping[str, Any], data: TaskData) -> Job | None:
             continue
         place, name = key.split(".")
         section = table[place]
-        if place == "privacy" and section["unit"] == "both":
+        if place == "privacy" and section["unit"] == "both" and name != "ghost_norms":
             section = section["example" if name == "steps" else "client"]
         section[name] = value
     if "head_init" in table["tune"]:
@@ -287,6 +289,8 @@ def _can_be_built(of: str, data: TaskData) -> bool:
     row = json.loads(of)
     table = json.loads(data.job.canonical) | {"tune": {}}
     table["train"]["optimizer"] = "sgd"
+    if "privacy.ghost_norms" in row:
+        table["privacy"] = {"unit": "example"} | EXAMPLE
     for key, value in row.items():
         if key != "task":
             place, name = key.split(".")
@@ -299,6 +303,11 @@ def _can_be_built(of: str, data: TaskData) -> bool:
         learner = Learner.of(job, task, facts)
         learner.initial(), learner.encoder if task.uses_pooled_features else learner.model
         _ = learner.kept_states
+        if job.privacy.ghost_norms:
+            shard = task.shard(rows, facts)
+            learner.keep_states(shard)
+            trainable.training_mode(learner.model)
+            refuse_without_ghost_norms(learner, shard)
     except InputError:
         return False
     return True
