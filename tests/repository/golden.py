@@ -113,6 +113,7 @@ HEADS: dict[str, dict[str, Any]] = {
 NETWORKS: dict[str, dict[str, Any]] = {
     "full-example-privacy": {"method": "full", "privacy": EXAMPLE},
     "lora-example-privacy": {"method": "lora", "privacy": EXAMPLE},
+    "full-ghost-norms": {"method": "full", "privacy": EXAMPLE | {"ghost_norms": True}},
     "last-k": {"method": "last-k"},
     "lora": {"method": "lora"},
     "lora-rslora": {"method": "lora", "tune": {"method": "lora", "rank": 4, "rslora": True}},
