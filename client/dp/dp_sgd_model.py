@@ -175,7 +175,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
     For a shard without examples it is False, without a test; the next shard is tested then.
 
     Raises:
-        ConfigError: a layer mixes the examples of a batch.
+        ConfigError: a layer mixes the examples of a batch, or the job's ghost norms can't be had.
     """
     if not len(shard):
         return False
@@ -184,10 +184,12 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
         batch, targets = on_device(learner, learner.batch(shard, rows), shard.targets_of(rows))
         loss = learner.objective.loss(shard)
         refuse_mixing_layers(learner, batch)
-        with global_stream(learner.job.seed, "dropout"):
-            hooks = hooks_suffice(learner.model, loss, batch, targets)
         if learner.job.privacy.ghost_norms:
             refuse_without_ghost_norms(learner, shard)
+            hooks = True
+        else:
+            with global_stream(learner.job.seed, "dropout"):
+                hooks = hooks_suffice(learner.model, loss, batch, targets)
         refuse_mixed_examples(learner, shard, hooks=hooks)
         _in_use[:] = [(learner, hooks)]
     return _in_use[0][1]

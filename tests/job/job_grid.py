@@ -304,7 +304,7 @@ def _can_be_built(of: str, data: TaskData) -> bool:
         learner.initial(), learner.encoder if task.uses_pooled_features else learner.model
         _ = learner.kept_states
         if job.privacy.ghost_norms:
-            shard = task.shard(rows, facts)
+            shard = learner.task.shard(rows, facts)
             learner.keep_states(shard)
             trainable.training_mode(learner.model)
             refuse_without_ghost_norms(learner, shard)
