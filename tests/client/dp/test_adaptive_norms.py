@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,28 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from atoll.client.dp.adaptive_norms import LARGEST, SCALE, SMALLEST, AdaptiveNorm, ClippingScales
+from atoll.client.dp.adaptive_norms import (
+    SCALE,
+    AdaptiveNorm,
+    ClippingScales,
+    store_scales,
+    with_stored_scales,
+)
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.dp_sgd_model import train_privately
 from atoll.client.dp.example_draws import example_numbers
 from atoll.client.dp.poisson import private_training
+from atoll.client.state.store import ClientStateStore
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.learning import trainable
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import RandomBits, seeded
+from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.requests import TrainRequest
+from atoll.protocol.stacked_updates import stacked
 from atoll.protocol.tensors import Tensors
 from tests.client.dp.test_private_training import case
 from tests.client.heads.test_heads import TORCH_LOSSES, Own, head, module, named, train_heads, work
@@ -181,6 +192,18 @@ def test_count_and_sum_together_cost_what_the_plan_charges() -> None:
     assert usual is not None and usual.count_deviation == 2.0  # a twentieth of the batch
 
 
+@pytest.mark.parametrize(("where", "divisor"), [("client", 16.0), ("distributed", 1.0)])
+def test_a_clients_sum_is_divided_at_the_client_unless_others_are_added_to_it(
+    where: str, divisor: float
+) -> None:
+    setting = job(
+        EXAMPLE | {"where": where, "steps": 1}, train={"batch_size": 16, "epochs": 1, "momentum": 0}
+    )
+    dp_plan = dp_plan_of(setting, "example")
+    assert dp_plan is not None
+    assert private_training(setting, dp_plan, 1, {}).divisor == divisor
+
+
 def test_a_count_that_would_cost_too_much_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.count_deviation: expected more than 0\.5, half of"):
         dp_plan_of(job(EXAMPLE | ADAPTIVE | {"noise_multiplier": 1.0, "count_deviation": 0.5}), "example")
@@ -205,7 +228,23 @@ def test_a_scale_stays_within_its_bounds() -> None:
     for step in range(3):
         scales.count(torch.tensor([[True], [False]]), torch.ones(2, 1, dtype=torch.bool))
         scales.follow(step)
-    assert scales.now == [SMALLEST, LARGEST]
+    assert scales.now == [1e-6, 1e6]
+
+
+@pytest.mark.parametrize("stacks", [True, False], ids=["stacked", "one by one"])
+def test_a_scale_is_stored_at_the_client_and_leaves_it_never(stacks: bool) -> None:
+    memory, how = ClientStateStore(), private().adaptive
+    assert how is not None
+    setting = job(EXAMPLE | ADAPTIVE)
+    updates: Sequence[Update] = [
+        Update(name, 1, {"w": torch.ones(2)}, 1, states={SCALE: torch.tensor(scale).double()})
+        for name, scale in (("a", 0.5), ("b", 3.0))
+    ]
+    requests = [TrainRequest(setting.canonical, setting.hash, n, {}, {}, run="run") for n in (1, 2)]
+    sent = list(store_scales(stacked(updates) if stacks else updates, requests[0], memory))
+    assert [update.states for update in sent] == [{}, {}] and [u.client for u in sent] == ["a", "b"]
+    assert with_stored_scales(how, ["a", "b", "c"], requests[1], memory).begin == {"a": 0.5, "b": 3.0}
+    assert with_stored_scales(how, ["a", "b"], requests[0], memory).begin == {}  # the round again
 
 
 NETWORK = {
