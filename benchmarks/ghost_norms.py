@@ -119,7 +119,7 @@ def work_of(job: Any, way: str) -> Callable[[], object]:
         numbers = example_numbers(shard.keys)
         with repeatable("cpu"), clipped_sums(learner, shard) as clipped:
             examples = PrivateExamples(learner, shard, numbers, (1, "c", 0))
-            return clipped(examples, np.arange(EXAMPLES), private)
+            return clipped(examples, np.arange(EXAMPLES), private, None)
 
     return summed
 

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from atoll.client.dp.adaptive_norms import store_scales, with_stored_scales
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.gradient_sums import head_sums
 from atoll.client.dp.secure_aggregation import SecureAggregationSession, contributions, sums
@@ -232,6 +233,22 @@ def updates_of(
     those that start elsewhere or correct their gradients. A client without usable examples sends an update
     as every other does: of noise alone, or of zeros.
     """
+    if work.private is not None and work.private.adaptive is not None:
+        adaptive = with_stored_scales(work.private.adaptive, work.data.names, request, work.memory)
+        work = replace(work, private=replace(work.private, adaptive=adaptive))
+        updates = _updates_of(work, request, starts, job, corrections, mixing)
+        return store_scales(updates, request, work.memory)
+    return _updates_of(work, request, starts, job, corrections, mixing)
+
+
+def _updates_of(
+    work: LocalWork,
+    request: TrainingRequest,
+    starts: Mapping[str, Tensors],
+    job: Job | None,
+    corrections: Mapping[str, Tensors],
+    mixing: float,
+) -> Iterable[Update]:
     if work.learner.trains_on_features:
         examples, client_rows = work.data.feature_table()
         local = head_training(work, request, job)

@@ -400,7 +400,9 @@ class Job(Section):
         """Whether clients store anything between rounds."""
         strategy = self.strategy
         keeps_state = strategy.keeps_client_state or strategy.keeps_last_model
-        return self.feeds_errors_back or self.personal.keep is not None or keeps_state
+        example = self.privacy.promise("example")
+        follows_norms = example is not None and example.clipping == "adaptive"
+        return self.feeds_errors_back or self.personal.keep is not None or keeps_state or follows_norms
 
     @property
     def feeds_errors_back(self) -> bool:

@@ -261,7 +261,7 @@ def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> 
                 f"{prefix}.sampling_rate: missing, expected the rate of examples in a step, such as 0.05"
             )
         if promise.clipping == "adaptive":
-            raise ValueError(f"{prefix}.clipping: expected 'fixed' for the unit 'example', found 'adaptive'")
+            _check_adaptive_examples(promise, prefix, job)
     else:
         for key in ("sampling_rate", "steps"):
             if getattr(promise, key) is not None:
@@ -269,6 +269,18 @@ def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> 
                     f"{prefix}.{key} has no meaning for the unit 'client', which"
                     " federation.cohort_rate samples"
                 )
+
+
+def _check_adaptive_examples(promise: DpGuarantee, prefix: str, job: Job) -> None:
+    """Raises ValueError where a client has no norm of its own that could follow its examples' gradients."""
+    for fits, why in (
+        (promise.where in (None, "client"), "with where = 'distributed', whose sums are of one norm"),
+        (job.personal.keep is None, "with personal.keep, whose state takes the place of the norm's"),
+        (not job.feeds_errors_back, "with compression that feeds errors back; federation.error_feedback ="
+         " false goes with it"),
+    ):  # fmt: skip
+        if not fits:
+            raise ValueError(f"{prefix}.clipping: expected 'fixed' {why}, found 'adaptive'")
 
 
 def _check_mechanism(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> None:

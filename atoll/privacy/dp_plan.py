@@ -40,6 +40,16 @@ class DpPlan:
     bands: int = 1
 
     @property
+    def count_deviation(self) -> float | None:
+        """The deviation of the noise on the counts of adaptive clipping; None where the norm is fixed.
+
+        By default a twentieth of what is expected in a sum (Andrew et al. 2021, section 3.1).
+        """
+        if self.promise.clipping == "fixed":
+            return None
+        return self.promise.count_deviation or max(self.divisor / 20, self.noise_multiplier)
+
+    @property
     def noise_multiplier(self) -> float:
         return self.event.noise_multiplier
 
@@ -101,9 +111,21 @@ def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:
     if noise is None:
         noise = _calibrated(promise, promise.delta, rate, rounds * per_round, unit)
     cost = Release(noise, rate)
-    return DpPlan(
+    dp_plan = DpPlan(
         unit, where, promise, promise.delta, cost, rounds * per_round, per_round, divisor, promise.separation
     )
+    _check_count(dp_plan)
+    return dp_plan
+
+
+def _check_count(dp_plan: DpPlan) -> None:
+    """Raises ConfigError where the count of adaptive clipping would cost more than sum and count may."""
+    deviation, noise = dp_plan.count_deviation, dp_plan.noise_multiplier
+    if deviation is not None and not 2 * deviation > noise:
+        raise ConfigError(
+            f"privacy.count_deviation: expected more than {noise / 2:.3g}, half of the noise multiplier,"
+            f" found {deviation:g}: the count alone would cost more than it and the sum together may"
+        )
 
 
 def distributed_terms(job: Job) -> DpPlan | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atoll.client.dp.adaptive_norms import AdaptiveNorm, ClippingScales
 from atoll.client.heads.layers import Layers, squared_norms
 from atoll.privacy.noise import RandomBits, lattice_for
 from atoll.protocol.messages import CHARGED_ROUNDS
@@ -34,6 +35,8 @@ class DpSgd:
     client's source of noise. `draw` takes a client and its examples' numbers (`example_numbers`) and returns
     the places of each step's Poisson batch; without it batches are shuffled as usual, and no amplification by
     sampling may be claimed. `charged` has the number of rounds in each client's ledger, this one included.
+    With `adaptive`, each client's clipping norm follows a quantile of its gradients' norms, and
+    `noise_multiplier` is what the noised counts leave for the sums.
     """
 
     clipping_norm: float
@@ -42,6 +45,7 @@ class DpSgd:
     random_bits: Callable[[str], RandomBits]
     draw: Callable[[str, NDArray[np.uint64]], Sequence[NDArray[np.int64]]] | None = None
     charged: Mapping[str, int] = field(default_factory=dict)
+    adaptive: AdaptiveNorm | None = None
 
     def public_fields(self, clients: Sequence[str]) -> tuple[tuple[int, ...], Tensors]:
         """(each client's weight, its states), neither of which depends on private data."""
@@ -52,11 +56,16 @@ class DpSgd:
 
 
 def clip_factors(
-    values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor, private: DpSgd
+    values: Sequence[torch.Tensor],
+    each: Sequence[torch.Tensor],
+    share: torch.Tensor,
+    private: DpSgd,
+    scales: ClippingScales | None = None,
 ) -> torch.Tensor:
     """The factor that clips each example's gradient and divides it, [clients, batch]; zero where `share` is.
 
     An example whose gradient isn't finite counts as zero: its entries in `values` and `each` become zero.
+    With `scales`, gradients over their client's scale are clipped, and those within the norm are counted.
     """
     norm = squared_norms(values, each).sqrt_()
     unsound = ~torch.isfinite(norm)
@@ -64,7 +73,12 @@ def clip_factors(
         for tensor in (*values, *each):
             tensor[unsound] = 0
         norm = norm.masked_fill(unsound, 0)
+    if scales is not None:
+        norm = norm / scales.column(norm)
     clipped = (private.clipping_norm * CLIP_ROUNDING_MARGIN / norm.clamp_min_(1e-12)).clamp_max_(1.0)
+    if scales is not None:
+        scales.count(clipped >= 1, share > 0)
+        clipped = clipped / scales.column(norm)
     return clipped.mul_(share > 0).div_(private.divisor)
 
 

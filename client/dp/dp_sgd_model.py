@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atoll.client.dp.adaptive_norms import SCALE, ClippingScales
 from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd
 from atoll.client.dp.example_draws import example_numbers
 from atoll.client.dp.ghost_norms import Passes, ghost_passes, zeros_like
@@ -64,12 +65,18 @@ def train_privately(
     rates = StepRates.of(job, round, [len(drawn)], "cpu")
     optimizer = optimizer_of(model, job, rates)
     noise = _Noise(private, client, parameters)
+    scales = None
+    if private.adaptive is not None:
+        scales = ClippingScales(private.adaptive, [client], len(drawn))
     with repeatable(job.train.device), clipped_sums(learner, shard) as summed:
         for number, rows in enumerate(drawn):
             examples = PrivateExamples(learner, shard, numbers, (round, client, number))
-            total = summed(examples, rows, private)
+            total = summed(examples, rows, private, scales)
             for name, gradient in noise.added(total).items():
-                parameters[name].grad = gradient.to(parameters[name])
+                scaled = gradient if scales is None else gradient * scales.now[0]
+                parameters[name].grad = scaled.to(parameters[name])
+            if scales is not None:
+                scales.follow(number)
             if mu:
                 add_proximal_gradient(parameters, start, mu)
             set_step(optimizer, rates.factor(number))
@@ -77,6 +84,8 @@ def train_privately(
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
     public = private.public_fields([client])
+    if scales is not None:
+        public[1][SCALE] = torch.tensor(scales.now, dtype=torch.float64)
     return Update(
         client=client,
         round=round,
@@ -86,8 +95,8 @@ def train_privately(
     )
 
 
-ClippedSum = Callable[[PrivateExamples, NDArray[np.int64], DpSgd], Tensors]
-"""(examples, rows, their protection) to the rows' sum of clipped gradients over the divisor, by name."""
+ClippedSum = Callable[[PrivateExamples, NDArray[np.int64], DpSgd, ClippingScales | None], Tensors]
+"""(examples, rows, their protection, scales) to the rows' clipped gradients over the divisor, summed."""
 
 
 @contextmanager
@@ -108,46 +117,77 @@ def clipped_sums(learner: Learner, shard: Shard) -> Iterator[ClippedSum]:
 
 
 def clipped_sum(
-    gradients: PerExampleGradients, examples: PrivateExamples, rows: NDArray[np.int64], private: DpSgd
+    gradients: PerExampleGradients,
+    examples: PrivateExamples,
+    rows: NDArray[np.int64],
+    private: DpSgd,
+    scales: ClippingScales | None = None,
 ) -> Tensors:
-    """The sum of these rows' clipped gradients over the divisor, by name, in float64; zeros for no rows."""
+    """The sum of these rows' clipped gradients over the divisor, by name, in float64; zeros for no rows.
+
+    With `scales`, of the client alone, gradients over its scale are clipped, and those within are counted.
+    """
+    scale = 1.0 if scales is None else scales.now[0]
+    within: list[torch.Tensor] = []
     total = {
         name: torch.zeros(value.shape, dtype=torch.float64)
         for name, value in trainable.trainable(examples.learner.model).items()
     }
     for begin in range(0, len(rows), EXAMPLES_PER_GRADIENT_BATCH):
         each = examples.gradients_of(gradients, rows[begin : begin + EXAMPLES_PER_GRADIENT_BATCH].tolist())
-        factor = _factors(each, private)
+        clipped = _clipped(each, private, scale)
+        within.append(clipped >= 1)
+        factor = clipped / (scale * private.divisor)
         for name, g in each.items():
             sound = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
             total[name] += torch.tensordot(factor.to(g.dtype), sound, dims=1).cpu().to(torch.float64)
+    _count(scales, within, rows)
     return total
 
 
 def ghost_clipped_sum(
-    passes: Passes, examples: PrivateExamples, rows: NDArray[np.int64], private: DpSgd
+    passes: Passes,
+    examples: PrivateExamples,
+    rows: NDArray[np.int64],
+    private: DpSgd,
+    scales: ClippingScales | None = None,
 ) -> Tensors:
     """As `clipped_sum`, by norms and sums that lay out no gradient of a large layer."""
+    scale = 1.0 if scales is None else scales.now[0]
+    within: list[torch.Tensor] = []
     total = zeros_like(trainable.trainable(examples.learner.model))
     for begin in range(0, len(rows), EXAMPLES_PER_GRADIENT_BATCH):
         part = rows[begin : begin + EXAMPLES_PER_GRADIENT_BATCH].tolist()
         passed = examples.passed(passes, part)
-        factors = _factors_of_norms(passed.squared_norms().sqrt(), private)
-        factors[len(part) :] = 0
-        passed.add_to(total, factors)
+        clipped = _clipped_norms(passed.squared_norms().sqrt(), private, scale)
+        clipped[len(part) :] = 0
+        within.append(clipped[: len(part)] >= 1)
+        passed.add_to(total, clipped / (scale * private.divisor))
+    _count(scales, within, rows)
     return {name: t.cpu() for name, t in total.items()}
 
 
-def _factors(each: Mapping[str, torch.Tensor], private: DpSgd) -> torch.Tensor:
-    """The factor that clips each example's gradient over all tensors together and divides it, [batch]."""
+def _count(scales: ClippingScales | None, within: list[torch.Tensor], rows: NDArray[np.int64]) -> None:
+    """Note, where norms are adapted, which of the drawn examples were within the norm."""
+    if scales is not None:
+        counted = torch.cat([torch.zeros(0, dtype=torch.bool), *[part.cpu() for part in within]])
+        scales.count(counted.unsqueeze(0), torch.ones(1, len(rows), dtype=torch.bool))
+
+
+def _clipped(each: Mapping[str, torch.Tensor], private: DpSgd, scale: float) -> torch.Tensor:
+    """The factor that clips each example's gradient over all tensors together, [batch]."""
     squares = [g.flatten(1).to(torch.float64).square().sum(1) for g in each.values()]
-    return _factors_of_norms(torch.stack(squares).sum(0).sqrt(), private)
+    return _clipped_norms(torch.stack(squares).sum(0).sqrt(), private, scale)
 
 
-def _factors_of_norms(norm: torch.Tensor, private: DpSgd) -> torch.Tensor:
-    """The factor that clips each example's gradient of this norm and divides it; 0 if it isn't finite."""
+def _clipped_norms(norms: torch.Tensor, private: DpSgd, scale: float) -> torch.Tensor:
+    """The factor that clips each example's gradient of this norm, [batch]; 1 for those within.
+
+    The norm of a gradient is that of all tensors together, over `scale`; one that isn't finite gets 0.
+    """
+    norm = norms / scale
     clipped = (private.clipping_norm * CLIP_ROUNDING_MARGIN / norm.clamp_min(1e-12)).clamp_max(1.0)
-    return clipped.masked_fill(~torch.isfinite(norm), 0.0) / private.divisor
+    return clipped.masked_fill(~torch.isfinite(norm), 0.0)
 
 
 class _Noise:
@@ -208,5 +248,5 @@ def model_sums(
         rows = private.draw(client, numbers)[0]
         examples = PrivateExamples(learner, shard, numbers, (round, client, 0))
         with repeatable(learner.job.train.device), clipped_sums(learner, shard) as summed:
-            total = summed(examples, rows, private)
+            total = summed(examples, rows, private, None)
         yield client, total

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atoll.client.dp.adaptive_norms import SCALE, ClippingScales
 from atoll.client.dp.dp_sgd import DpSgd, StackedNoise, clip_factors, stacked_noise
 from atoll.client.dp.example_draws import example_views
 from atoll.client.heads.class_imbalance import balanced, smoothed
@@ -169,7 +170,8 @@ def _train_group(
     if local.starts:
         starts = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.client_rows]
         now = [torch.cat(matrices) for matrices in zip(*starts, strict=True)]
-    losses = _run_local_steps(layers, now, start, examples, schedule, local)
+    extra = _GradientTerms.of(layers, schedule, local, now[0].device)
+    losses = _run_local_steps(layers, now, start, examples, schedule, extra)
     counts = tuple(len(work.rows) for work in schedule.client_rows)
     states = {
         "train_loss.sum": losses.cpu(),
@@ -177,6 +179,8 @@ def _train_group(
     }
     if local.per_example is not None:
         counts, states = local.per_example.public_fields([work.client for work in schedule.client_rows])
+        if extra.scales is not None:
+            states[SCALE] = torch.tensor(extra.scales.now, dtype=torch.float64)
     return StackedUpdates(
         clients=tuple(work.client for work in schedule.client_rows),
         round=local.round,
@@ -288,10 +292,10 @@ def _run_local_steps(
     start: Stack,
     examples: FeatureTable,
     schedule: _Schedule,
-    local: HeadTrainingConfig,
+    extra: _GradientTerms,
 ) -> torch.Tensor:
     """Move `now` in place through all local steps; each client's summed loss, [clients]."""
-    extra = _GradientTerms.of(layers, schedule, local, now[0].device)
+    local = extra.local
     rates = StepRates.of(local.job, local.round, schedule.steps, str(now[0].device))
     is_simple = extra.is_none and is_plain(local.job.train)
     move = _plain_move(rates) if is_simple else _move(start, extra, now, rates)
@@ -433,6 +437,7 @@ class _GradientTerms:
     local: HeadTrainingConfig
     noise: list[list[StackedNoise]]
     corrections: Stack
+    scales: ClippingScales | None = None
 
     @classmethod
     def of(
@@ -440,35 +445,43 @@ class _GradientTerms:
     ) -> _GradientTerms:
         """Noise for every step, and each client's correction, zero for one that has none."""
         noise: list[list[StackedNoise]] = []
+        scales = None
         if local.per_example is not None:
+            if local.per_example.adaptive is not None:
+                clients = [work.client for work in schedule.client_rows]
+                scales = ClippingScales(local.per_example.adaptive, clients, len(schedule.rows))
             steps = [(work.client, s) for work, s in zip(schedule.client_rows, schedule.steps, strict=True)]
             noise = stacked_noise(layers, steps, local.per_example, str(device))
         if not local.corrections:
-            return cls(local, noise, [])
+            return cls(local, noise, [], scales)
         nothing = {n: torch.zeros_like(t) for n, t in next(iter(local.corrections.values())).items()}
         factors = [
             layers.stack(local.corrections.get(w.client, nothing), str(device)) for w in schedule.client_rows
         ]
-        return cls(local, noise, [torch.cat(parts) for parts in zip(*factors, strict=True)])
+        return cls(local, noise, [torch.cat(parts) for parts in zip(*factors, strict=True)], scales)
 
     @property
     def is_none(self) -> bool:
         """Whether nothing is added to the gradient."""
-        return not (self.noise or self.corrections or self.local.proximal_mu)
+        return not (self.noise or self.corrections or self.local.proximal_mu or self.scales is not None)
 
     def factor(
         self, values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor
     ) -> torch.Tensor:
         """The factor by which each example's gradient is multiplied, [clients, batch]."""
         private = self.local.per_example
-        return share if private is None else clip_factors(values, each, share, private)
+        return share if private is None else clip_factors(values, each, share, private, self.scales)
 
     def add(self, gradient: Stack, stack: Stack, start: Stack, s: int) -> None:
         """Add the terms of step `s` to the gradients of the clients that still train."""
         for place, g in enumerate(gradient):
             if self.noise:
                 g.copy_(self.noise[s][place].added(g))
+            if self.scales is not None:
+                g *= self.scales.column(g)
             if self.local.proximal_mu:
                 g += (stack[place] - start[place]) * self.local.proximal_mu
             if self.corrections:
                 g += self.corrections[place][: len(g)]
+        if self.scales is not None:
+            self.scales.follow(s)

@@ -49,7 +49,7 @@ def _compressed(
     updates: StackedUpdates, how: Compression, request: ModelRequest, job: Job, memory: ClientStateStore
 ) -> StackedUpdates:
     vectors = flat(updates.delta)
-    if not job.has_client_state:
+    if not job.feeds_errors_back:
         uniform = _coins(updates.clients, how, job, request.round)
         return replace(updates, delta=compress(vectors, how, uniform))
     error = remembered(updates.clients, how, request, memory)

@@ -75,15 +75,8 @@ class CentralDp:
 
     @cached_property
     def _count_deviation(self) -> float | None:
-        """The noise deviation of the count for adaptive clipping; None where the norm is fixed.
-
-        By default a twentieth of the cohort (Andrew et al. 2021, section 3.1).
-        """
-        promise = self.dp_plan.promise
-        if promise.clipping == "fixed":
-            return None
-        usual = max(self.dp_plan.divisor / 20, self.dp_plan.noise_multiplier)
-        return promise.count_deviation or usual
+        """The noise deviation of the count for adaptive clipping; None where the norm is fixed."""
+        return self.dp_plan.count_deviation
 
     @property
     def spent(self) -> Counter[Release]:

@@ -47,7 +47,7 @@ def _of_unit(run: Run, unit: str) -> PrivacyClaim:
     if job.tune.head_init is not None:
         assert job.tune.feature_norm is not None, "a closed form under a promise is refused without"
         claim["sums_of_features"] = {"feature_norm": job.tune.feature_norm, "sensitivity": SENSITIVITY}
-    if dp_plan.promise.clipping == "adaptive":
+    if dp_plan.promise.clipping == "adaptive" and dp_plan.unit == "client":
         norm = run.state.strategy_state.get(NORM)
         claim["last_clipping_norm"] = None if norm is None else float(norm)
     if dp_plan.where == "server" and isinstance(protection, CentralDp):

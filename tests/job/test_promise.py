@@ -128,7 +128,7 @@ POOLED = {"evaluate": {"baselines": ["pooled"]}}
         (CLIENT | {"quantile": 0.3}, {}, r"privacy\.quantile has no meaning with clipping = 'fixed'"),
         (EXAMPLE | {"sampling_rate": None}, {}, r"privacy\.sampling_rate: missing"),
         (EXAMPLE | {"sampling_rate": 1.5}, {}, r"sampling_rate: expected less than or equal to 1"),
-        (EXAMPLE | {"clipping": "adaptive"}, {}, r"privacy\.clipping: expected 'fixed'"),
+        (EXAMPLE | DISTRIBUTED | {"clipping": "adaptive"}, {}, r"clipping: expected 'fixed' with where"),
         (CLIENT, {"strategy": {"name": "flwr:FedMedian"}}, r"strategy\.name: expected one of fedavg"),  # 20
         (CLIENT, POOLED, r"evaluate\.baselines: pooled would train on the data without noise"),
         ({"unit": "both"}, {}, r"unit = 'both' needs the tables \[privacy\.example\] and"),

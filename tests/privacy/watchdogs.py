@@ -19,6 +19,7 @@ from scipy.special import binom
 from torch import nn
 
 from atoll.client.dp import dp_sgd_model
+from atoll.client.dp.adaptive_norms import SCALE
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.gradient_sums import head_sums
 from atoll.client.dp.ledgers import PrivacyLedgers
@@ -557,6 +558,44 @@ def an_adaptive_norm_finds_the_norms_in_private() -> None:
     detectors.check_noise(noise, C * (Z**-2 - 1.6**-2) ** -0.5)
 
 
+def a_norm_of_examples_moves_in_private() -> None:
+    """At a client: by a noised count that is paid for, and from the next step on."""
+    count_noise, begin, batch = 0.8, 2.5, 8.0
+    setting = job(examples(clipping="adaptive", clipping_lr=0.1, count_deviation=count_noise))
+
+    def trained(clients: Sequence[str], words: Any = None, steps: int = 1) -> Sequence[Update]:
+        private = private_training(setting, terms_for(setting, "example"), 1, {})
+        assert private.adaptive is not None
+        private = replace(
+            private,
+            random_bits=words or private.random_bits,
+            draw=lambda client, numbers: [np.arange(len(numbers))] * steps,
+            adaptive=replace(private.adaptive, begin=dict.fromkeys(clients, begin)),
+        )
+        table = FeatureTable.of(1e3 * torch.ones(1, 260), torch.tensor([0]))
+        local = HeadTrainingConfig(setting, LOSSES["softmax"], 1, per_example=private)
+        everybody = [ClientRows(client, np.arange(1), np.arange(1, dtype=np.uint64)) for client in clients]
+        return train_heads({"head.weight": torch.zeros(10, 260), "head.bias": torch.zeros(10)}, table,
+                           everybody, local)  # fmt: skip
+
+    names = [f"c{i}" for i in range(400)]
+    updates = trained(names)
+    moves = np.log([float(update.states[SCALE]) / begin for update in updates])
+    if abs(float(np.std(moves)) / (0.1 * count_noise / batch) - 1) > 0.2:
+        raise Detected(
+            f"an examples' count has noise of {np.std(moves) * batch / 0.1:.3f}, must be {count_noise}"
+        )
+    expected = -0.1 * (-0.5 / batch + 0.5 - 0.5)  # no gradient is within, of the eight that are expected
+    if abs(float(np.mean(moves)) - expected) > 5 * 0.1 * count_noise / batch / len(names) ** 0.5:
+        raise Detected(f"the norm moves by {np.mean(moves):.4f} where it should by {expected:.4f}")
+    quiet = flat(trained(["c"], lambda client: silent)[0].delta) * batch
+    if abs(float(np.linalg.norm(quiet)) - C * begin) > 0.001 * C * begin:
+        raise Detected("a step's gradients are clipped to another norm than the one before it gives")
+    left = (Z**-2 - (2 * count_noise) ** -2) ** -0.5
+    noise = np.concatenate([flat(update.delta) * batch - quiet for update in updates])
+    detectors.check_noise(noise, left * C * begin)
+
+
 BANDS, TURNS = 3, {"clients": 12, "cohort": 4, "rounds": 50}
 MADE_AGAIN = (1, 2, 3, 3, 4, 5)
 """Rounds as a banded run releases them: the server dies after its third, whose checkpoint is lost."""
@@ -750,6 +789,7 @@ CHECKS: list[Callable[[], None]] = [
     an_example_moves_a_models_sum_by_the_clipping_norm,
     noise_is_added_once_to_a_models_sum,
     an_adaptive_norm_finds_the_norms_in_private,
+    a_norm_of_examples_moves_in_private,
     banded_noise_is_that_of_the_matrix,
     a_client_moves_banded_releases_by_what_was_charged,
     a_clients_rounds_lie_bands_apart,

@@ -102,6 +102,17 @@ def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path, metho
     assert hashes[0][0] == hashes[1][0] and hashes[0][1] != hashes[1][1]
 
 
+def test_compressed_updates_leave_a_clients_memory_to_its_last_model(tmp_path: Path) -> None:
+    """Once they took its place, and what was called MOON was FedAvg."""
+    federation = {"compression": "int8", "error_feedback": False}
+    hashes = {}
+    for name, strategy in {"moon": MOON, "fedavg": {"name": "fedavg"}}.items():
+        result = run(network(strategy, federation=federation), tmp_path / name)
+        hashes[name] = [line["model_sha256"] for line in result.rounds]
+    assert hashes["moon"][0] == hashes["fedavg"][0]
+    assert hashes["moon"][1] != hashes["fedavg"][1] and hashes["moon"][2] != hashes["fedavg"][2]
+
+
 @pytest.mark.parametrize(
     ("tables", "said"),
     [

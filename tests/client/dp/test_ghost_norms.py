@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atoll.client.dp import dp_sgd_model, ghost_norms
+from atoll.client.dp.adaptive_norms import SCALE
 from atoll.client.dp.dp_sgd_model import clipped_sums, train_privately
 from atoll.client.dp.example_draws import example_numbers
 from atoll.client.dp.ghost_norms import OuterProducts, PassedBatch, ghost_passes, squared_norms_of
@@ -26,6 +27,7 @@ from atoll.errors import ConfigError
 from atoll.learning import trainable
 from atoll.learning.learner import Learner
 from atoll.server.run.run_job import validate_job
+from tests.client.dp.test_adaptive_norms import private as adaptive
 from tests.client.dp.test_private_training import CASES, by_hand, case, private
 from tests.privacy.detectors import Detected
 from tests.privacy.runs.neighbours import C, check_moved, learner_start, of_task, pictures, quiet
@@ -181,7 +183,7 @@ def ghost_sum(model: Any, batch: Any, targets: torch.Tensor, norm: float) -> Vec
     how = dp_sgd_model.DpSgd(norm, 1.0, 1.0, lambda client: None)  # type: ignore[arg-type,return-value]
     with ghost_passes(model, nn.functional.cross_entropy) as passes:
         passed = passes(batch, targets)
-        factors = dp_sgd_model._factors_of_norms(passed.squared_norms().sqrt(), how)
+        factors = dp_sgd_model._clipped_norms(passed.squared_norms().sqrt(), how, 1.0)
         return flat(passed.sum_of(factors))
 
 
@@ -280,7 +282,7 @@ def sum_of(learner: Learner, shard: Shard, norm: float = 0.5) -> Vector:
     numbers = example_numbers(shard.keys)
     with clipped_sums(learner, shard) as summed:
         examples = PrivateExamples(learner, shard, numbers, (1, "c", 0))
-        return flat(summed(examples, np.arange(len(shard)), private(norm)))
+        return flat(summed(examples, np.arange(len(shard)), private(norm), None))
 
 
 HOOKED = [name for name in CASES if name != "image, all, batch norm"]
@@ -311,6 +313,20 @@ def test_a_clients_update_is_that_of_examples_taken_one_by_one(name: str, tmp_pa
     rounding = 3e-7 * float(np.linalg.norm(flat(start)))
     gap = float(np.linalg.norm(flat(found.delta) - flat(expected)))
     assert gap < 1e-3 * float(np.linalg.norm(flat(expected))) + rounding
+
+
+def test_norms_that_follow_a_quantile_are_those_of_gradients_laid_out() -> None:
+    """Five steps, of other rows each, one of none; an example alone passes twice and counts once."""
+    learner, shard = pictures(train={"lr": 0.5, "batch_size": 1, "dropout": 0.5})
+    found = [
+        train_privately(
+            one, learner_start(learner), shard.select(range(7)), adaptive(1e-9), client="c", round=1, plan={}
+        )
+        for one in (learner, with_ghost_norms(learner))
+    ]
+    scales = [float(update.states[SCALE]) for update in found]
+    assert scales[0] == scales[1] != 1.0
+    assert apart(flat(found[1].delta), flat(found[0].delta)) < 1e-5
 
 
 # Where it can't be had
@@ -395,8 +411,8 @@ def test_one_example_moves_the_sum_by_the_clipping_norm_at_most(texts: tuple[Lea
     assert quiet(learner.job).clipping_norm == C and learner_start(learner)
 
 
-def not_applied(norm: torch.Tensor, private: Any) -> torch.Tensor:
-    return torch.ones_like(norm) / private.divisor
+def not_applied(norms: torch.Tensor, private: Any, scale: float) -> torch.Tensor:
+    return torch.ones_like(norms)
 
 
 def one_layer_left_out(original: Any, passed: PassedBatch) -> torch.Tensor:
@@ -419,7 +435,7 @@ def of_the_batch_before(original: Any, passed: PassedBatch, kept: list[torch.Ten
 
 
 PLANTS: dict[str, tuple[Any, str, Any]] = {
-    "the factor is not applied": (dp_sgd_model, "_factors_of_norms", not_applied),
+    "the factor is not applied": (dp_sgd_model, "_clipped_norms", not_applied),
     "the norm of one layer is left out": (PassedBatch, "squared_norms", one_layer_left_out),
     "each norm is another example's": (PassedBatch, "squared_norms", of_another_example),
     "the norms are another batch's": (PassedBatch, "squared_norms", partial(of_the_batch_before, kept=[])),

@@ -141,8 +141,8 @@ def test_a_key_of_a_new_type_must_be_given() -> None:
 def no_clipping(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         atoll.client.dp.dp_sgd_model,
-        "_factors",
-        lambda each, private: torch.ones(len(next(iter(each.values())))),
+        "_clipped",
+        lambda each, private, scale: private.divisor * torch.ones(len(next(iter(each.values())))),
     )
 
 

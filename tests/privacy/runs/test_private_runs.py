@@ -48,6 +48,22 @@ def run(job: Job, out: Path, **options: Any) -> RunResult:
     return simulate(job, out, on_event=ignore_events, **{"report": False, **options})
 
 
+def cut_and_resumed(setting: Job, out: Path) -> RunResult:
+    """The result of a run that ends in its third round, without its latest checkpoints, and goes on."""
+
+    class Cut(Exception): ...
+
+    def cut_after_three(event: Event) -> None:
+        if isinstance(event, RoundEnded) and event.line["round"] == 3:
+            raise Cut
+
+    with pytest.raises(Cut):
+        simulate(setting, out, on_event=cut_after_three, report=False)
+    for checkpoint in sorted((out / "checkpoints").glob("round-*"))[1:]:
+        checkpoint.unlink()  # as after a kill: what came later was not on the disk yet
+    return run(setting, out, resume=True)
+
+
 def test_a_client_level_run_says_what_it_spent_and_nothing_of_its_clients(tmp_path: Path) -> None:
     setting = job(CLIENT, federation=POISSON)
     result = run(setting, tmp_path / "run", report=True)
@@ -91,19 +107,7 @@ def test_a_seeded_run_that_was_cut_off_ends_in_the_same_bits_and_the_same_epsilo
 ) -> None:
     setting = job(privacy | SEEDED)
     whole = run(setting, tmp_path / "whole")
-    out = tmp_path / "cut"
-
-    class Cut(Exception): ...
-
-    def cut_after_three(event: Event) -> None:
-        if isinstance(event, RoundEnded) and event.line["round"] == 3:
-            raise Cut
-
-    with pytest.raises(Cut):
-        simulate(setting, out, on_event=cut_after_three, report=False)
-    for checkpoint in sorted((out / "checkpoints").glob("round-*"))[1:]:
-        checkpoint.unlink()  # as after a kill: what came later was not on the disk yet
-    result = run(setting, out, resume=True)
+    result = cut_and_resumed(setting, tmp_path / "cut")
     assert result.model_sha256 == whole.model_sha256
     assert result.privacy["epsilon"] == whole.privacy["epsilon"]
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import atoll.client.dp.adaptive_norms
 import atoll.client.dp.dp_sgd
 import atoll.client.dp.dp_sgd_model
 import atoll.client.dp.gradient_sums
@@ -293,7 +294,7 @@ SAMPLING: dict[str, Plant] = {
 def factors_by(change: Callable[[Any, Any, Any, Any], torch.Tensor]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         for room in (atoll.client.heads.train, atoll.client.dp.gradient_sums):
-            patch.setattr(room, "clip_factors", change)
+            patch.setattr(room, "clip_factors", lambda *given: change(*given[:4]))
 
     return plant
 
@@ -592,15 +593,17 @@ MODELS: dict[str, tuple[Callable[[], None], Plant]] = {
     "a model's examples are not clipped": (
         w.an_example_moves_a_models_sum_by_the_clipping_norm,
         wrapped(
-            atoll.client.dp.dp_sgd_model, "_factors",
-            lambda original: lambda each, private: torch.ones(len(next(iter(each.values())))) / private.divisor,
+            atoll.client.dp.dp_sgd_model, "_clipped",
+            lambda original: lambda each, private, scale: torch.ones(len(next(iter(each.values())))),
         ),
     ),
     "a model's tensors are clipped by the first one's norm": (
         w.an_example_moves_a_models_sum_by_the_clipping_norm,
         wrapped(
-            atoll.client.dp.dp_sgd_model, "_factors",
-            lambda original: lambda each, private: original(dict([next(iter(each.items()))]), private),
+            atoll.client.dp.dp_sgd_model, "_clipped",
+            lambda original: lambda each, private, scale: original(
+                dict([next(iter(each.items()))]), private, scale
+            ),
         ),
     ),
     "noise for every micro-batch": (w.noise_is_added_once_to_a_models_sum, parts_noised),
@@ -631,6 +634,43 @@ ADAPTIVE: dict[str, Plant] = {
                 self, clipping_norm=float(cohort_norms(stacked(updates)).median()) if updates else 1.0
             ),
             updates, model,
+        ),
+    ),
+}  # fmt: skip
+
+
+NORMS_OF_EXAMPLES: dict[str, Plant] = {
+    "the norm of examples moves the wrong way": wrapped(
+        atoll.client.dp.adaptive_norms, "update_clipping_norm",
+        lambda original: lambda norm, fraction, quantile, lr: original(norm, fraction, quantile=quantile, lr=-lr),
+    ),
+    "the count of examples is not noised": wrapped(
+        atoll.client.dp.adaptive_norms, "noised_fraction",
+        lambda original: lambda within, answered, noise, expected_cohort: original(
+            within, answered, noise=0.0, expected_cohort=expected_cohort
+        ),
+    ),
+    "the fraction is that of the drawn batch": wrapped(
+        atoll.client.dp.adaptive_norms, "noised_fraction",
+        lambda original: lambda within, answered, noise, expected_cohort: original(
+            within, answered, noise=noise, expected_cohort=answered
+        ),
+    ),
+    "the noise of an examples' count is not paid for": wrapped(
+        atoll.client.dp.poisson, "multiplier_of_sum", lambda original: lambda noise, deviation: noise
+    ),
+    "a step is clipped by the norm that follows from it": wrapped(
+        atoll.client.dp.adaptive_norms.ClippingScales, "count",
+        lambda original: lambda self, within, drawn: (original(self, within, drawn), self.follow(0)),
+    ),
+    "a sum is noised as if its norm were the job's": wrapped(
+        atoll.client.dp.dp_sgd.StackedNoise, "added",
+        lambda original: lambda self, gradient: gradient + (original(self, gradient) - gradient) / 2.5,
+    ),
+    "the noise of counts is of a source that is silent": wrapped(
+        atoll.client.dp.adaptive_norms.ClippingScales, "__init__",
+        lambda original: lambda self, adaptive, clients, steps: original(
+            self, dataclasses.replace(adaptive, random_bits=lambda client: w.silent), clients, steps
         ),
     ),
 }  # fmt: skip
@@ -855,6 +895,7 @@ BUGS: dict[str, tuple[Callable[[], None], Plant]] = {
     **SECURE,
     **MODELS,
     **{name: (w.an_adaptive_norm_finds_the_norms_in_private, plant) for name, plant in ADAPTIVE.items()},
+    **{name: (w.a_norm_of_examples_moves_in_private, plant) for name, plant in NORMS_OF_EXAMPLES.items()},
     **{name: (w.banded_noise_is_that_of_the_matrix, plant) for name, plant in BANDED_NOISE.items()},
     **{
         name: (w.a_client_moves_banded_releases_by_what_was_charged, plant)

@@ -99,7 +99,9 @@ def unclipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[T
     return clipped_sum(updates, clipping_norm=1e9)
 
 
-def unclipped_factors(values: Any, each: Any, share: torch.Tensor, private: DpSgd) -> torch.Tensor:
+def unclipped_factors(
+    values: Any, each: Any, share: torch.Tensor, private: DpSgd, scales: Any = None
+) -> torch.Tensor:
     return clip_factors(values, each, share, replace(private, clipping_norm=1e9))
 
 
