@@ -46,6 +46,10 @@ ROUNDING = 2.0**-53
 """The relative error of one operation in float64."""
 
 
+class OtherRows(ValueError):
+    """A layer's input has other rows than the batch; the message names the layer, and nothing of the data."""
+
+
 class Term(Protocol):
     """The part of a parameter's gradient that one call of a layer brings, for every example."""
 
@@ -338,7 +342,7 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
             batch_first=batch_first,
         )
         if {len(backprops), *map(len, inputs)} != {self.size}:
-            raise ValueError(f"a {type(module).__name__} sees the batch's examples in other rows than theirs")
+            raise OtherRows(f"a {type(module).__name__} sees the batch's examples in other rows than theirs")
         for parameter, term in terms_of(module, inputs, backprops):
             self.terms.setdefault(self.names[id(parameter)], []).append(term)
 

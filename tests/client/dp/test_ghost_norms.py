@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -337,6 +338,23 @@ def test_a_network_with_layers_that_hooks_do_not_see_is_refused_by_the_key(tmp_p
     learner = with_ghost_norms(learner)
     with pytest.raises(ConfigError, match=r"^privacy\.ghost_norms: .*mobilenet_v2.*buffers"):
         train_privately(learner, learner.initial(), shard, private(), client="c", round=1, plan={})
+
+
+def test_a_refusal_tells_no_number_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to the server: lengths of texts and norms of gradients are nobody's to know."""
+    learner, shard = case("text, LoRA", tmp_path, 3)
+    learner = with_ghost_norms(learner)
+    double = ghost_norms.PassedBatch.squared_norms
+    monkeypatch.setattr(ghost_norms.PassedBatch, "squared_norms", lambda passed: 2 * double(passed))
+    with pytest.raises(ConfigError) as wrong:
+        dp_sgd_model.hooks_suffice_for(learner, shard)
+    monkeypatch.setattr(
+        ghost_norms.PassedBatch, "squared_norms", lambda passed: torch.zeros(3) + torch.zeros(17)
+    )
+    with pytest.raises(ConfigError) as failed:
+        dp_sgd_model.hooks_suffice_for(learner, shard)
+    for error in (wrong, failed):
+        assert not re.search(r"\d", str(error.value).replace(learner.backbone.name, ""))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
