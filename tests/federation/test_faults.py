@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,41 @@ def test_by_arrival_nobody_waits_for_a_site_that_is_slow(
     assert {name for line in rounds for name in line["cohort"]} == set(CLIENTS[1:])
     assert [line["set_aside"] for line in rounds] == [{}] * 4
     assert any(line["staleness"]["max"] for line in rounds)
+
+
+@pytest.mark.matrix
+def test_a_site_without_memory_is_killed_by_the_kernel_and_costs_no_bit(ring: Ring) -> None:  # row 25
+    setting = job("starved")
+    federation, out = ring.whole(), ring.federation.folder / "starved"
+    held = ring.hold("starved", 1)
+    submitted = federation.submit(setting, out)
+    ring.alone().says(f"held: {held.name}")
+    kit = str(federation.kits["client-0000"])
+    [executor] = [pid for pid, line in command_lines() if line.startswith("atoll executor") and kit in line]
+    with starved(executor) as kills:
+        held.unlink()
+        wait_until(lambda: kills() == 1, "a process that the kernel ends")
+    assert submitted.ends() == 0, submitted.text()
+    assert result_of(out)["model_sha256"] == ring.expected(setting)
+    assert [line["set_aside"] for line in result_of(out)["rounds"]] == [{}, {}]
+
+
+@contextmanager
+def starved(pid: int) -> Iterator[Callable[[], int]]:
+    """Within, the process gets no page of memory more; yields how many were killed for want of it."""
+    group = Path("/sys/fs/cgroup/memory") / f"atoll-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup (version 1) can be made here: {error}")
+    try:
+        control = group / "memory.oom_control"
+        (group / "memory.limit_in_bytes").write_text("4096")
+        (group / "cgroup.procs").write_text(str(pid))
+        yield lambda: int(dict(map(str.split, control.read_text().splitlines()))["oom_kill"])
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), "an end of what was in it")
+        group.rmdir()
 
 
 @pytest.mark.matrix
