@@ -13,6 +13,7 @@ import torch
 
 from atoll.client.dp.example_draws import Numbers, example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
+from atoll.client.state.store import ClientStateStore
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts
 from atoll.data.shard import Shard
@@ -20,7 +21,7 @@ from atoll.errors import DataChanged
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.split import split_shard
-from atoll.protocol.messages import DataInfo
+from atoll.protocol.requests import Request
 from atoll.tasks.data_info import fitting_rows
 
 logger = logging.getLogger(__name__)
@@ -79,22 +80,23 @@ class ShardCache:
     """
 
     shards: Shards
+    memory: ClientStateStore
     has_budget: bool = False
     _loaded: dict[tuple[str, str, str], LoadedShard] = field(default_factory=dict)
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def load(self, learner: Learner, name: str, data_info: DataInfo) -> LoadedShard:
+    def load(self, learner: Learner, name: str, request: Request) -> LoadedShard:
         """The client's shard, split as the learner's job says.
 
         Raises:
             DataError: it can't be read, or does not fit the job's task.
-            DataChanged: its content has changed since the greeting or the first use.
+            DataChanged: its content has changed since the greeting, the first use, or the run's begin.
         """
-        key = (name, learner.job.hash, self._unchanged(learner.job, name))
+        key = (name, learner.job.hash, self._unchanged(learner.job, name, request.run))
         if key in self._loaded:
             self._loaded[key] = self._loaded.pop(key)
             return self._loaded[key]
-        shard = learner.task.shard(self._fitting(learner, name), data_info)
+        shard = learner.task.shard(self._fitting(learner, name), request.data_info)
         part, validation = split_shard(learner.job, learner.task, shard)
         features = learner.features.for_training(part) if learner.trains_on_features else None
         while len(self._loaded) >= CACHED_SHARDS:
@@ -118,9 +120,11 @@ class ShardCache:
         """Drop all loaded shards, but not their fingerprints."""
         self._loaded.clear()
 
-    def _unchanged(self, job: Job, name: str) -> str:
+    def _unchanged(self, job: Job, name: str, run: str) -> str:
+        """The fingerprint; it must be that of this process's first use, and of the run's before restarts."""
         fingerprint = self.shards.fingerprint(job, name)
-        if fingerprint != self._fingerprints.setdefault((name, job.hash), fingerprint):
+        first = self._fingerprints.setdefault((name, job.hash), fingerprint)
+        if not fingerprint == first == self.memory.data_of(run, name, fingerprint):
             raise DataChanged()
         return fingerprint
 

@@ -24,7 +24,7 @@ from atoll.client.policy import Policy
 from atoll.client.redaction import redact
 from atoll.client.shard_cache import LoadedClients, LoadedShard, ShardCache, Shards
 from atoll.client.state.store import ClientStateStore
-from atoll.errors import BudgetExhausted, ConfigError, DataChanged, InputError
+from atoll.errors import BudgetExhausted, ConfigError, InputError
 from atoll.job.closed_form import is_the_only_release
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
@@ -117,7 +117,7 @@ class Site:
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._cache = ShardCache(self.shards, has_budget=self._has_budget)
+        self._cache = ShardCache(self.shards, self.memory, has_budget=self._has_budget)
 
     def _policy_violation(self, job: Job, kind: type[Request] | type[Hello]) -> str:
         """Why this site refuses such a request of the job, in one sentence; "" where it accepts.
@@ -272,18 +272,10 @@ class Site:
         failures: list[Reply] = []
         for name in names:
             try:
-                shard = self._cache.load(learner, name, request.data_info)
-                self._check_same_data(learner.job, request.run, name)
-                loaded[name] = shard
+                loaded[name] = self._cache.load(learner, name, request)
             except InputError as error:
                 failures.append(Failure(name, self._error_for_server(name, error, request.job)))
         return LoadedClients(loaded, learner.job.train.device), failures
-
-    def _check_same_data(self, job: Job, run: str, name: str) -> None:
-        """Raises DataChanged if the client began the run with other data, be it before a restart."""
-        now = self.shards.fingerprint(job, name)
-        if self.memory.data_of(run, name, now) != now:
-            raise DataChanged()
 
     def charge_privacy(
         self, job: Job, request: Request, names: Sequence[str]

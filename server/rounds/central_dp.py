@@ -73,11 +73,6 @@ class CentralDp:
         durable = not self.job.privacy.seeded_noise
         return Ledger.open(self.ledgers.path, self.ledgers.fingerprint, durable=durable)
 
-    @cached_property
-    def _count_deviation(self) -> float | None:
-        """The noise deviation of the count for adaptive clipping; None where the norm is fixed."""
-        return self.dp_plan.count_deviation
-
     @property
     def spent(self) -> Counter[Release]:
         """All releases that this run was charged for, including those that a crash lost."""
@@ -126,7 +121,9 @@ class CentralDp:
         self.check_budget(round)
         norm = float(state.get(NORM, self.dp_plan.promise.clipping_norm))
         mechanism = replace(
-            self._mechanism(round, norm), count_deviation=self._count_deviation, correlation=self.correlation
+            self._mechanism(round, norm),
+            count_deviation=self.dp_plan.count_deviation,
+            correlation=self.correlation,
         )
         mean, fraction = mechanism.release(updates, model)
         next_state: State = {}
