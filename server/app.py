@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -40,6 +39,7 @@ from atoll.server.deploy.supervision import process_file
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.received import MOST_UNSIGNED, Came, Replies, UnsignedMessages, greetings
+from atoll.server.resending import RESEND_SECONDS, ResendSchedule
 from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.run.run_job import disk_errors_as_job_errors, run_job
@@ -64,20 +64,11 @@ GONE = "its site is not connected"
 NO_REASON = "the site gave no reason"
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """Errors of a message that was lost with a process that died; it is sent again."""
-RESEND_SECONDS = 60.0
-"""A message without an answer is sent again after this time, then after twice as long, and so on.
-
-A site answers the same request with the same reply and does not train twice.
-"""
-RESEND_PART = 0.25
-"""The fraction of the round's timeout after which it is sent again, if that is sooner."""
 AGAIN_SECONDS = 1.0
 """The pause before a node is asked again whose answer was lost, or not signed by its site."""
 NO_NODE = -1
 SHOWN_STRANGERS = 5
 """How many unexpected names in one message are logged."""
-HELLO_AGAIN_SECONDS = 5.0
-"""When a request for greetings is sent again, which is cheap; `federation.wait` bounds the whole wait."""
 
 
 @dataclass
@@ -288,31 +279,29 @@ class FlowerTransport:
         is in memory.
         """
         start = time.monotonic()
-        soon = HELLO_AGAIN_SECONDS if kind == "query" else timeout * RESEND_PART
-        pauses = dict.fromkeys(letters, min(self.resend_after, soon))
-        due = dict.fromkeys(letters, start)
+        due = ResendSchedule(letters, kind, timeout, start, self.resend_after)
         sent: dict[str, int] = {}
         activated, look = self._activations(), start + LOOK_SECONDS
         while due and time.monotonic() < start + timeout:
             if time.monotonic() > look:
-                due |= dict.fromkeys(due.keys() & self._back(activated), look)
+                for node in self._back(activated):
+                    if node in due:
+                        due.is_lost(node, look)
                 look = time.monotonic() + LOOK_SECONDS
-            late = {node: letters[node] for node, moment in due.items() if time.monotonic() >= moment}
+            late = {node: letters[node] for node in due.late(time.monotonic())}
             sent |= self._push(late, kind, timeout)
-            for node in late:
-                due[node], pauses[node] = time.monotonic() + pauses[node], 2 * pauses[node]
             for messages in [[message] for message in sent] if one_by_one else [list(sent)]:
                 yield from self._pulled(messages, sent, due, patience)
             while again:
-                due[again.pop()] = time.monotonic() + AGAIN_SECONDS
+                due.is_lost(again.pop(), time.monotonic() + AGAIN_SECONDS)
             for node in [n for n in due if self._is_gone(n, patience)]:
-                del due[node]
+                due.answered(node)
                 yield node, GONE
             if due:
                 yield None
 
     def _pulled(
-        self, messages: Sequence[str], sent: dict[str, int], due: dict[int, float], patience: float
+        self, messages: Sequence[str], sent: dict[str, int], due: ResendSchedule, patience: float
     ) -> Iterator[tuple[int, RecordDict | str]]:
         """The replies that have arrived to these messages, which are removed from `sent` and `due`."""
         for reply in self.grid.pull_messages(messages):
@@ -320,12 +309,12 @@ class FlowerTransport:
             if node not in due:
                 continue  # answered already, or the same reply comes twice
             if reply.has_error() and reply.error.code in LOST:
-                due[node] = time.monotonic() + AGAIN_SECONDS
+                due.is_lost(node, time.monotonic() + AGAIN_SECONDS)
             elif reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                due[node] = math.inf
+                due.is_lost(node)
                 self._miss(node, patience)
             else:
-                del due[node]
+                due.answered(node)
                 yield node, _content(reply)
 
     def _miss(self, node: int, patience: float) -> None:

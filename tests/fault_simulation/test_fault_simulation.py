@@ -40,15 +40,19 @@ def test_new_federations_keep_every_invariant() -> None:
 
 
 FAILED_ONCE = {
-    55007374707693211: "killed as job.toml was named, then power was lost: the name wasn't on the disk"
+    55007374707693211: ("killed at a rename", "power lost at a rename"),
+    # as job.toml was named: the name wasn't on the disk
+    3120415195290368863: ("power lost at a rename", "request dropped"),
+    # three messages were known to be lost, and the pause had doubled for each: no time for a fourth
 }
+"""By the seed, the faults that it took."""
 
 
 @pytest.mark.parametrize("seed", FAILED_ONCE)
 def test_a_seed_that_failed_once_stays_mended(seed: int) -> None:
     outcome = play(Scenario.of(seed))
     assert not outcome.violations, str(outcome)
-    assert {"killed at a rename", "power lost at a rename"} <= set(outcome.happened)
+    assert set(FAILED_ONCE[seed]) <= set(outcome.happened)
 
 
 def at(kind: str, who: int, at: int, amount: float = 0.5) -> Fault:
