@@ -42,7 +42,7 @@ def load_file(path: str | Path) -> PluginFile:
     if file in _files and _files[file].sha256 == digest:
         return _files[file]
     with origin_is(str(file)):
-        _execute(file, digest, str(path))
+        _execute(file, content, digest, str(path))
     _files[file] = PluginFile(str(file), digest)
     return _files[file]
 
@@ -62,8 +62,11 @@ def files() -> list[PluginFile]:
     return list(_files.values())
 
 
-def _execute(file: Path, digest: str, argument: str) -> None:
-    """Import a file under a name that no installed module has.
+def _execute(file: Path, content: bytes, digest: str, argument: str) -> None:
+    """Execute a file's content as a module, under a name that no installed module has.
+
+    Python's import could take the file's compiled form of before: it tells a change by size and second only,
+    and results would be kept under the hash of code that hasn't computed them.
 
     Raises:
         ConfigError: it isn't Python, or raises an error.
@@ -72,9 +75,9 @@ def _execute(file: Path, digest: str, argument: str) -> None:
     spec = spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--plugin {argument}: expected a Python file, whose name ends in .py")
-    module, loader = module_from_spec(spec), spec.loader
+    module = module_from_spec(spec)
     sys.modules[name] = module
-    failure = failure_of(lambda: loader.exec_module(module))
+    failure = failure_of(lambda: exec(compile(content, str(file), "exec"), vars(module)))
     if failure is None:
         return
     del sys.modules[name]
