@@ -16,6 +16,26 @@ from atoll.errors import DataError
 
 Tensors = dict[str, torch.Tensor]
 
+ALIGNMENT = 64
+"""Tensors of torch's own begin at addresses that are multiples of so many bytes."""
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, as a copy if its values begin at another address than one of torch's own tensors could.
+
+    In what order the CPU's libraries add up products depends on that, and so do a result's last bits: of the
+    same values, those that were read from a file or a message must not give others than those that were
+    computed here.
+    """
+    if tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def all_aligned(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors, each as `aligned` returns it."""
+    return {name: aligned(tensor) for name, tensor in tensors.items()}
+
 
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The tensors as safetensors bytes: names, dtypes, shapes and values, and text as `metadata`."""
@@ -40,20 +60,36 @@ def file_parts(
 
     Only tensors that are not contiguous, or on another device, are copied, one at a time.
     """
+    return _parts(tensors, metadata, 1)
+
+
+def mapped_file_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """As `file_parts`, with bytes between the tensors, so that each is `aligned` where the file is mapped."""
+    return _parts(tensors, None, ALIGNMENT)
+
+
+def _parts(
+    tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None, multiple: int
+) -> Iterator[bytes | memoryview]:
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     head: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    start = 0
+    start, gaps = 0, {}
     for name in order:
         tensor = tensors[name]
         end = start + tensor.numel() * tensor.element_size()
         code = CODES[str(tensor.dtype).removeprefix("torch.")]
         head[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
+        start, gaps[name] = end, -end % multiple
+        if gaps[name]:  # the format wants each byte to be a tensor's
+            start += gaps[name]
+            head[f"after {name}"] = {"dtype": "U8", "shape": [gaps[name]], "data_offsets": [end, start]}
     text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % max(multiple, 8))
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         yield tensor_view(tensors[name])
+        if gaps[name]:
+            yield bytes(gaps[name])
 
 
 def from_bytes(blob: bytes) -> Tensors:
@@ -63,9 +99,10 @@ def from_bytes(blob: bytes) -> Tensors:
         DataError: the bytes are not safetensors.
     """
     try:
-        return load(blob)
+        tensors: Tensors = load(blob)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise DataError(f"not a safetensors message of {len(blob)} bytes: {error}") from None
+    return all_aligned(tensors)
 
 
 def size_of(tensors: Mapping[str, torch.Tensor]) -> int:

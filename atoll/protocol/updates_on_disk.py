@@ -21,7 +21,7 @@ from safetensors import safe_open
 from atoll.protocol.fields import SHARED
 from atoll.protocol.messages import Reply
 from atoll.protocol.stacked_updates import StackedUpdates
-from atoll.protocol.tensors import Tensors, file_parts, size_of
+from atoll.protocol.tensors import Tensors, mapped_file_parts, size_of
 from atoll.system.durable_files import remove, write_synced
 
 LEAST_BYTES = 8 * 2**20
@@ -79,7 +79,7 @@ def written(tensors: Tensors, folder: Path) -> WrittenTensors:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path, names = folder / f"{secrets.token_hex(8)}.safetensors", list(tensors)
-    parts = file_parts({str(number): tensors[name] for number, name in enumerate(names)})
+    parts = mapped_file_parts({str(number): tensors[name] for number, name in enumerate(names)})
     try:
         write_synced(path, parts, 0o600, durable=False)
     except OSError:

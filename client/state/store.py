@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from atoll.errors import DataError, JobError
-from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
+from atoll.protocol.tensors import Tensors, aligned, tensors_sha256, to_bytes
 from atoll.system.durable_files import remove, replace_all, replace_synced
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _read(path: Path) -> Tensors:
     try:
         with safe_open(path, framework="pt") as file:
             known = (file.metadata() or {}).get(HASH)
-            state: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state: Tensors = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: is damaged ({error}); the run can't go on from it") from None
     if known != tensors_sha256(state):

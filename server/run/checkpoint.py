@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from atoll.errors import ConfigError, JobError
-from atoll.protocol.tensors import Tensors, file_parts, size_of, tensors_sha256
+from atoll.protocol.tensors import Tensors, aligned, file_parts, size_of, tensors_sha256
 from atoll.strategies.strategy import State
 from atoll.system.durable_files import remove, replace_synced, sync_file, temporary_of
 from atoll.system.memory import trim_freed_memory
@@ -182,7 +182,7 @@ def latest(folder: Path, job_hash: str) -> Checkpoint | None:
 def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors: Tensors = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     text = metadata["head"]
     if hashlib.sha256(text.encode()).hexdigest() != metadata["head_sha256"]:
         raise ValueError("its head does not match its SHA-256")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from atoll.errors import ConfigError, DataError
 from atoll.job.closed_form import RIDGE
 from atoll.job.job import Job
-from atoll.protocol.tensors import Tensors, file_parts, from_bytes, tensors_sha256
+from atoll.protocol.tensors import Tensors, aligned, file_parts, from_bytes, tensors_sha256
 from atoll.report.run_result import Forgotten, RunResult
 from atoll.server.run.checkpoint import latest, save
 from atoll.server.run.directory import RunDirectory
@@ -102,7 +102,7 @@ def kept_clients(run: Path) -> dict[str, Tensors]:
         try:
             with safe_open(path, framework="pt") as file:
                 name = (file.metadata() or {})["client"]
-                by_client[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                by_client[name] = {key: aligned(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         except (OSError, KeyError, SafetensorError) as error:
             raise DataError(f"{path}: damaged ({error}); the model stays as it is") from None
     return {name: by_client[name] for name in sorted(by_client)}

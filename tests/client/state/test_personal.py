@@ -109,6 +109,7 @@ def test_own_models_are_the_same_bits_in_worker_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["head", "mixture"])
+@pytest.mark.processes
 def test_own_models_are_the_same_bits_on_ray(
     tmp_path: Path, folder: Path, references: Runs, keep: str
 ) -> None:
