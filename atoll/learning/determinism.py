@@ -27,12 +27,17 @@ def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
+def names_gpu(device: str) -> bool:
+    """Whether the device is one GPU by its number, such as `cuda:1`."""
+    return is_gpu(device) and torch.device(device).index is not None
+
+
 def shared_gpus(device: str) -> int:
     """How many GPUs of this machine worker processes share among them; 1 for a processor or a named GPU.
 
     A job names one by its number, such as `cuda:1`; `cuda` alone leaves the choice.
     """
-    has_choice = is_gpu(device) and torch.device(device).index is None
+    has_choice = is_gpu(device) and not names_gpu(device)
     return max(1, torch.cuda.device_count()) if has_choice else 1
 
 

@@ -17,7 +17,7 @@ from atoll.client.training.vmap import CLIENTS_PER_VMAP
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning.determinism import shared_gpus
+from atoll.learning.determinism import names_gpu, shared_gpus
 from atoll.learning.learner import Learner
 from atoll.report.run_result import RunResult
 from atoll.server.events import EventCallback
@@ -101,6 +101,11 @@ def check_engine(job: Job, engine: str) -> None:
     """Raises ConfigError unless the engine exists and supports all that the job asks for."""
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
+    if engine == "ray" and names_gpu(job.train.device):
+        raise ConfigError(
+            f'train.device: on Ray, which shows each worker its own GPU only, expected "cuda" or "cpu", found'
+            f' "{job.train.device}"'
+        )
     by_magnitude = job.backbone.prune is not None and job.backbone.pruning == "magnitude"
     if engine == "cohort" and by_magnitude and not trains_on_features(job):
         raise ConfigError("backbone.prune: engine cohort would fill what was left out, try inline")

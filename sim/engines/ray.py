@@ -27,6 +27,7 @@ from atoll.client.site import Site
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts
 from atoll.job.job import Job
+from atoll.learning.determinism import is_gpu, shared_gpus
 from atoll.report.run_result import RunResult
 from atoll.server.app import FlowerTransport
 from atoll.server.rounds.run_state import TestSet
@@ -83,6 +84,16 @@ def block_site(job: Job, context: Context, out: Path, loaded: Sequence[str]) -> 
     return _sites[key]
 
 
+def share_of_gpus(device: str, workers: int) -> float:
+    """How many GPUs Ray reserves for each worker, in whole ones or ten-thousandths of one.
+
+    The workers share those of this machine; of a cluster, every machine should have as many.
+    """
+    if not is_gpu(device):
+        return 0.0
+    return min(1.0, math.floor(10_000 * shared_gpus(device) / workers) / 10_000)
+
+
 def simulate_on_ray(
     job: Job, out: Path, workers: int, test_set: TestSet, options: dict[str, Any]
 ) -> RunResult:
@@ -110,7 +121,10 @@ def simulate_on_ray(
             client,
             num_supernodes=min(job.federation.clients, workers * per_worker),
             backend_config={
-                "client_resources": {"num_cpus": job.train.threads, "num_gpus": 0.0},
+                "client_resources": {
+                    "num_cpus": job.train.threads,
+                    "num_gpus": share_of_gpus(job.train.device, workers),
+                },
                 "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, **local},
             },
         )

@@ -17,7 +17,7 @@ import torch
 
 from atoll.cli.main import run as command_line
 from atoll.datasets.synthetic.png import grey_png
-from atoll.errors import JobError
+from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.learning.determinism import use_shared_gpu
 from atoll.learning.learner import Learner
@@ -26,8 +26,9 @@ from atoll.protocol.requests import Request, TrainRequest
 from atoll.report.run_result import RunResult
 from atoll.server.run.directory import job_toml
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import default_workers
+from atoll.sim.engines.engine import check_engine, default_workers
 from atoll.sim.engines.process_pool import PooledTransport
+from atoll.sim.engines.ray import share_of_gpus
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.support.small import few_pictures, image_job
@@ -93,6 +94,30 @@ def test_workers_share_the_gpus_of_a_machine_unless_the_job_names_one(
     assert used == chosen
     assert workers is None or default_workers(job, "inline") == workers
     assert default_workers(job, "loop") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "workers", "share"),
+    [
+        ("cpu", 8, 4, 0.0),
+        ("cuda", 1, 1, 1.0),
+        ("cuda", 1, 3, 0.3333),  # three of them fit, which of 1/3 rounded up would not
+        ("cuda", 4, 8, 0.5),
+        ("cuda", 4, 3, 1.0),
+    ],
+)
+def test_ray_reserves_for_each_worker_its_share_of_the_gpus(
+    device: str, gpus: int, workers: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert share_of_gpus(device, workers) == share
+
+
+def test_a_gpu_by_its_number_is_refused_on_ray() -> None:
+    job = image_job("mobilenet_v2", train={"device": "cuda:1"})
+    with pytest.raises(ConfigError, match=r'on Ray.*expected "cuda" or "cpu", found "cuda:1"'):
+        check_engine(job, "ray")
+    check_engine(job, "inline")
 
 
 @pytest.mark.slow
