@@ -18,7 +18,7 @@ from torch import nn
 from atoll.backbones.resolve import Backbone, is_run_checkpoint, parent_job, resolve, weight_files
 from atoll.errors import WeightsError
 from atoll.protocol.random_streams import global_stream
-from atoll.protocol.tensors import Tensors, aligned
+from atoll.protocol.tensors import Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -218,20 +218,10 @@ def load_transformer(
     missing = sorted(n for n in report["missing_keys"] if not n.startswith(fresh))
     if missing:
         raise WeightsError(f"{backbone.weights}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    _align(network)
     check_finite(network.state_dict(), backbone.weights)
     _check_transformer_types(network, backbone.weights)
     vars(network)[_MISSING] = frozenset(report["missing_keys"])
     return network.eval()
-
-
-def _align(network: nn.Module) -> None:
-    """Copy the tensors that transformers has mapped from a file to where those of a new network would begin.
-
-    Otherwise a network would compute other bits than a copy of it, or than one from a file of another head.
-    """
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = aligned(tensor.data)
 
 
 _MISSING = "missing_from_weights"

@@ -15,7 +15,7 @@ from atoll.job.job import Job
 from atoll.job.tune import TuneSection
 from atoll.learning import directions, lora_base
 from atoll.protocol.random_streams import global_stream
-from atoll.protocol.tensors import Tensors
+from atoll.protocol.tensors import Tensors, aligned
 from atoll.strategies.lora.factors import CORE
 from atoll.strategies.lora.merge import ADDS_TO_BASE
 
@@ -30,6 +30,8 @@ def prepare(model: Model, job: Job) -> None:
         ConfigError: it lacks what the job names, such as layers to train or dropout layers.
     """
     mark_trainable(model, job.tune, job.seed, keeps_head=job.personal.keep == "head")
+    for parameter in trainable(model).values():
+        parameter.data = aligned(parameter.data)  # what is frozen stays mapped, one copy for all processes
     model.remember_start()
     if job.tune.method == "seeds":
         directions.hold(model, job.seed, job.tune.num_seeds)

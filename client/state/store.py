@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from atoll.errors import DataError, JobError
-from atoll.protocol.tensors import Tensors, aligned, tensors_sha256, to_bytes
+from atoll.protocol.tensors import Tensors, aligned, all_aligned, tensors_sha256, to_bytes
 from atoll.system.durable_files import remove, replace_all, replace_synced
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class ClientStateStore:
         if not rounds:
             return {}
         if self.folder is None:
-            return self._held[run, client][max(rounds)]
+            return all_aligned(self._held[run, client][max(rounds)])
         return _read(self._path(run, client, max(rounds)))
 
     def save(self, run: str, round: int, states: Mapping[str, Tensors]) -> None:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from atoll.errors import InconsistentUpdates
 from atoll.job.federation import FederationSection
 from atoll.job.job import Job
@@ -15,7 +17,7 @@ from atoll.learning.trainable import without_pruned
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import StatisticsRequest, TrainRequest
 from atoll.protocol.stacked_updates import weighing
-from atoll.protocol.tensors import Tensors, size_of
+from atoll.protocol.tensors import Tensors, all_aligned, size_of
 from atoll.report.run_result import RoundExtras
 from atoll.server.rounds.closed_form import form_head, statistics_size, validate_statistics
 from atoll.server.rounds.cohort import round_up, sample
@@ -168,6 +170,8 @@ def merged(run: Run, updates: Sequence[Update], round: int) -> tuple[Tensors, St
     """(the next global model, the next strategy state) from validated updates; the run itself is unchanged.
 
     Update transforms come first, then the strategy's merge, then model transforms, each list in its order.
+    What a strategy made of another library's arrays, or of parts of its own, is copied to where it would lie
+    after a checkpoint was read.
     """
     setup, state = run.setup, run.state
     added_state: State = {}
@@ -180,7 +184,9 @@ def merged(run: Run, updates: Sequence[Update], round: int) -> tuple[Tensors, St
         model, strategy_state = setup.strategy.merge(model, updates, strategy_state)
     for transform_model in setup.model_transforms:
         model = transform_model(model, state.learner)
-    return model, {**strategy_state, **added_state}
+    entries = {**strategy_state, **added_state}
+    tensors = all_aligned({name: entry for name, entry in entries.items() if isinstance(entry, torch.Tensor)})
+    return all_aligned(model), entries | tensors
 
 
 @dataclass(frozen=True)

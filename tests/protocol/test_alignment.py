@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, load_file
+from safetensors.torch import load, save_file
 
-from atoll.backbones.resolve import resolve
-from atoll.backbones.text import load_text_encoder
 from atoll.client.state.store import ClientStateStore
-from atoll.job.job import BackboneSection, Job
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.learning.trainable import trainable
 from atoll.protocol.tensors import (
     ALIGNMENT,
     Tensors,
@@ -26,12 +26,14 @@ from atoll.protocol.tensors import (
 )
 from atoll.protocol.updates_on_disk import taken, written
 from atoll.server.run.checkpoint import Checkpoint, latest, save
-from tests.backbones.test_backbones import tiny_bert
+from atoll.tasks import task_named
 from tests.client.state.test_personal import stopped_and_resumed
 from tests.repository.golden import jobs
 from tests.sim.test_simulation import run
 from tests.strategies.test_moon import network
-from tests.support.alignment import WatchesProducts, lies_elsewhere
+from tests.support.alignment import WatchesProducts, mapped_file
+from tests.support.task_data import ready
+from tests.support.task_jobs import job_of
 
 SIZES = (1, 3, 16, 17, 33)
 
@@ -77,6 +79,14 @@ def test_what_is_read_is_what_was_written_and_begins_where_torchs_own_tensors_do
     assert {name: tensor.data_ptr() % ALIGNMENT for name, tensor in found.items()} == dict.fromkeys(found, 0)
 
 
+def test_a_state_in_memory_lies_where_it_would_after_a_restart() -> None:
+    """It may be a part of what clients had together."""
+    store, part = ClientStateStore(), torch.arange(40.0)[3:]
+    store.save("run", 1, {"client": {"a": part}})
+    found = store.load_before("run", "client", 2)
+    assert torch.equal(found["a"], part) and found["a"].data_ptr() % ALIGNMENT == 0
+
+
 def test_a_mapped_file_is_safetensors_with_bytes_between_the_tensors() -> None:
     tensors = of_odd_sizes()
     blob = b"".join(mapped_file_parts(tensors))
@@ -97,41 +107,55 @@ def test_only_what_begins_elsewhere_is_copied() -> None:
     assert aligned(on_meta) is on_meta
 
 
-def test_a_network_that_transformers_maps_from_a_file_computes_as_its_copy(tmp_path: Path) -> None:
-    section = BackboneSection(name=str(tiny_bert(tmp_path / "bert")), max_tokens=16)
-    with safe_open(tmp_path / "bert" / "model.safetensors", "pt") as file:
-        mapped = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
-    assert any(map(lies_elsewhere, mapped)), "the file would show nothing"
-    network = load_text_encoder(resolve(section, 1), section, 1).model
-    tensors = [*network.parameters(), *network.buffers()]
-    assert not [t.shape for t in tensors if t.data_ptr() % ALIGNMENT]
-    saved = load_file(tmp_path / "bert" / "model.safetensors")
-    assert all(torch.equal(t, saved[n]) for n, t in network.state_dict().items() if n in saved)
+@pytest.mark.parametrize("method", ["last-k", "full", "lora"])
+def test_what_is_tuned_of_a_mapped_network_lies_as_its_copies_do_and_the_rest_stays_mapped(
+    tmp_path: Path, method: str
+) -> None:
+    """One copy of what is frozen, for all processes of a machine."""
+    tuned = ready(job_of("text-classification", method), tmp_path / "data")
+    model = Learner.of(tuned, task_named("text-classification"), {"classes": ["good", "bad"]}).model
+    mapped = {n: p for n, p in model.named_parameters() if mapped_file(p) is not None}
+    assert not [name for name, p in trainable(model).items() if p.data_ptr() % ALIGNMENT]
+    assert mapped.keys() == {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert any(p.data_ptr() % ALIGNMENT for p in mapped.values()) == (method != "full")
 
 
-def test_the_watch_sees_a_product_of_memory_from_elsewhere() -> None:
+def test_the_watch_sees_a_product_of_memory_from_elsewhere(tmp_path: Path) -> None:
     buffer = bytearray(4 * 70)
     begin = (8 - torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()) % ALIGNMENT
     values = torch.frombuffer(buffer, dtype=torch.float32, count=32, offset=begin)
     own = torch.ones(33)[1:]
-    with WatchesProducts() as watch:
+    with WatchesProducts(tmp_path) as watch:
         torch.dot(own, own)
         torch.dot(own, values)
     assert (watch.products, watch.found) == (2, [("dot", 1, (32,))])
+    save_file({"a": torch.ones(1), "values": torch.ones(32)}, tmp_path / "a file")
+    with safe_open(tmp_path / "a file", "pt") as file:
+        values = file.get_tensor("values")
+    for folder, places in ((tmp_path, [1]), (tmp_path / "run", [])):
+        with WatchesProducts(folder) as watch:
+            torch.dot(own, torch.ones(32)) + torch.dot(own, values)
+        assert [place for _, place, _ in watch.found] == places
 
 
 def test_a_resumed_run_of_moon_computes_with_no_memory_from_elsewhere(tmp_path: Path) -> None:
     """Its clients' last models come from their files; on one processor its bits were others for that."""
-    with WatchesProducts() as watch:
+    with WatchesProducts(tmp_path / "run") as watch:
         stopped_and_resumed(network(), tmp_path / "run")
     assert watch.products > 100 and watch.found == []
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize(("name", "make", "options"), [pytest.param(*job, id=job[0]) for job in jobs()])
+QUICK = ("digits-strategy-flwr:FedYogi", "digits-personal-mixture")
+"""A strategy of another library's arrays, and clients' states."""
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "options"),
+    [pytest.param(*job, id=job[0], marks=[] if job[0] in QUICK else pytest.mark.matrix) for job in jobs()],
+)
 def test_no_job_computes_with_memory_from_elsewhere(
     name: str, make: Callable[[Path], Job], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with WatchesProducts() as watch:
+    with WatchesProducts(tmp_path / "run") as watch:
         run(make(tmp_path), tmp_path / "run", **options)
     assert watch.products and watch.found == []

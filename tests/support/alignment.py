@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +19,31 @@ PRODUCTS = {
 """torch's operations whose sums of products are another library's, or may be."""
 
 
-def lies_elsewhere(tensor: torch.Tensor) -> bool:
-    """Whether its values begin at another address than a tensor's own could: they came from outside.
-
-    A part of a tensor's own memory, such as a row, begins anywhere, but in each process at the same distance
-    from the memory's start. A part of a mapped file does too, but the same values may be in other files.
-    """
-    if tensor.device.type != "cpu" or tensor.numel() < 2:
-        return False
-    memory = tensor.untyped_storage()
-    is_foreign = memory.data_ptr() % ALIGNMENT != 0 or memory.filename is not None
-    return is_foreign and tensor.data_ptr() % ALIGNMENT != 0
+def mapped_file(tensor: torch.Tensor) -> Path | None:
+    """The file whose content a tensor's memory is, by what the system says; None where it is no file's."""
+    for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+        fields = line.split(maxsplit=5)
+        start, end = (int(place, 16) for place in fields[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            name = fields[5] if len(fields) == 6 else ""
+            return Path(name.removesuffix(" (deleted)")) if name.startswith("/") else None
+    return None
 
 
 class WatchesProducts(TorchDispatchMode):
-    """Collects the operands of products that lie elsewhere: (operation, place, shape)."""
+    """Collects the operands of products that lie elsewhere: (operation, place, shape).
 
-    def __init__(self) -> None:
+    A part of a tensor's own memory, such as a row, begins anywhere, but in each process at the same distance
+    from the memory's start. So does a tensor in a mapped file of a network's weights, which is the same file
+    everywhere. The files in a run's `folder` hold what other processes have in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
         self.products = 0
         self.found: list[tuple[str, int, tuple[int, ...]]] = []
+        self._known: dict[int, bool] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -46,6 +52,17 @@ class WatchesProducts(TorchDispatchMode):
         if name in PRODUCTS:
             self.products += 1
             for place, operand in enumerate(args):
-                if isinstance(operand, torch.Tensor) and lies_elsewhere(operand):
+                if isinstance(operand, torch.Tensor) and self._lies_elsewhere(operand):
                     self.found.append((name, place, tuple(operand.shape)))
         return func(*args, **(kwargs or {}))
+
+    def _lies_elsewhere(self, tensor: torch.Tensor) -> bool:
+        if tensor.device.type != "cpu" or tensor.numel() < 2:
+            return False
+        begin = tensor.untyped_storage().data_ptr()
+        if begin % ALIGNMENT == 0:
+            return False
+        if begin not in self._known:
+            file = mapped_file(tensor)
+            self._known[begin] = file is None or file.is_relative_to(self.folder)
+        return self._known[begin]
