@@ -194,3 +194,16 @@ def test_an_example_that_passes_alone_has_the_gradient_it_has_among_others(model
             alone, among = (examples.gradients_of(gradients, rows) for rows in ([3], [0, 3, 7]))
         for name in alone:
             torch.testing.assert_close(alone[name][0], among[name][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "passing"), [([3], [3, 3]), ([3, 5], [3, 5]), ([0, 3, 7], [0, 3, 7])])
+def test_a_draw_that_all_share_is_refused_for_a_single_example_too(
+    rows: list[int], passing: list[int]
+) -> None:
+    """For a batch of one it would have the shape of a draw of each example's own."""
+    learner, shard = learner_of(Around()), shard_of(40)
+    examples = PrivateExamples(learner, cast(Any, shard), example_numbers(shard.keys), (1, "c", 0))
+    found = examples.passed(lambda batch, targets: (targets, torch.rand(len(passing), 3)), rows)
+    assert torch.equal(found[0], shard.targets_of(passing)) and found[1].shape == (len(passing), 3)
+    with pytest.raises(ConfigError, match=r"draws \[1, 3\] numbers"):
+        examples.passed(lambda batch, targets: torch.rand(1, 3), rows)
