@@ -87,8 +87,10 @@ class Curve:
         """The smallest epsilon at `delta` that follows; at least 0, and infinite above `UNREACHABLE`."""
         from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 
-        value, _ = compute_epsilon(self.orders, np.maximum(self.divergence, 0), delta)
-        return math.inf if math.isnan(value) or value >= UNREACHABLE else max(float(value), 0.0)
+        # Of a divergence that is no number dp-accounting makes an epsilon of 0.
+        divergence = np.where(np.isnan(self.divergence), np.inf, np.maximum(self.divergence, 0))
+        value, _ = compute_epsilon(self.orders, divergence, delta)
+        return math.inf if value >= UNREACHABLE else max(float(value), 0.0)
 
 
 def worst(curves: Sequence[Curve]) -> Curve:

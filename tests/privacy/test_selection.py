@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from atoll.privacy.accounting import Release, epsilon, epsilon_rdp
+from atoll.privacy.accounting import UNREACHABLE, Release, epsilon, epsilon_rdp
 from atoll.privacy.selection import (
     Curve,
     Poisson,
@@ -139,3 +139,16 @@ def test_parameters_outside_the_theorem_are_refused() -> None:
         epsilon_of_best([], 1e-5, Poisson(2))
     with pytest.raises(ValueError, match="orders above 1"):
         Curve(np.array([1.0]), np.array([0.1]))
+
+
+@pytest.mark.parametrize("divergence", [2 * UNREACHABLE, math.inf, math.nan])
+def test_a_curve_that_bounds_nothing_has_no_epsilon(divergence: float) -> None:
+    """A figure there would look like a promise."""
+    orders = np.array([2.0, 8.0, 64.0])
+    assert Curve(orders, np.full(3, divergence)).epsilon(1e-5) == math.inf
+    bounded = np.full(3, 0.5)
+    assert 0 < Curve(orders, bounded).epsilon(1e-5) < math.inf
+    for place in range(3):
+        one = np.array([divergence if place == other else 0.5 for other in range(3)])
+        others = np.delete(orders, place)
+        assert Curve(orders, one).epsilon(1e-5) == Curve(others, bounded[:2]).epsilon(1e-5)
