@@ -17,6 +17,7 @@ from atoll.privacy.secagg import (
     SecureAggregationFailed,
     Vector,
     check_threshold,
+    keys_fault,
     least_threshold,
     mask_of,
     shamir_combine,
@@ -140,6 +141,23 @@ def test_the_masks_of_all_but_one_do_not_open_its_vector() -> None:
     exchange.run()
     # Taking the pairwise masks off (others' keys) leaves the one under its own seed.
     assert not np.array_equal(exchange.masked["c00"], given["c00"])
+
+
+@pytest.mark.parametrize("value", [1 << 256, (1 << 288) - 1, 1 << 288, (1 << 521) - 2])
+def test_shares_of_a_number_that_is_no_secret_are_refused_and_nothing_breaks(value: int) -> None:
+    """A site may reveal what it likes."""
+    with pytest.raises(SecureAggregationFailed, match="do not belong together"):
+        shamir_combine([(1, value.to_bytes(66, "little"))])
+    assert shamir_combine([(1, ((1 << 256) - 1).to_bytes(66, "little"))]) == b"\xff" * 32
+
+
+@pytest.mark.parametrize("start", [0, 32])
+def test_a_public_key_with_which_all_secrets_are_zero_is_a_fault(start: int) -> None:
+    """Of both, the one for shares and the one for masks."""
+    advertised = Participant("c", CONTEXT).advertise()
+    assert keys_fault(advertised) is None
+    weak = advertised[:start] + bytes(32) + advertised[start + 32 :]
+    assert keys_fault(weak) == "its public keys are none"
 
 
 def test_fewer_shares_than_the_threshold_tell_nothing_of_the_secret() -> None:
