@@ -40,7 +40,7 @@ class Ledger:
 
     path: Path
     fingerprint: str
-    durable: bool = True
+    durable: bool
     spent: Counter[Release] = field(default_factory=Counter)
     entries: list[Entry] = field(default_factory=list)
     _of_job: dict[str, Counter[Release]] = field(default_factory=dict)

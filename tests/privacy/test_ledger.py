@@ -1,5 +1,6 @@
 """The ledger: nothing that was charged is ever lost, and a changed one is refused."""
 
+import os
 import random
 import signal
 import time
@@ -42,6 +43,36 @@ def test_a_ledger_read_back_is_what_was_written(tmp_path: Path) -> None:
     assert again.spent == {RELEASE: 3, Release(2.0, 1.0): 7}
     again.charge(entry(4))
     assert Ledger.open(path, "data").spent[RELEASE] == 4
+
+
+def test_what_a_job_was_charged_for_is_told_by_round_and_data_of_an_open_ledger_and_of_a_read_one(
+    tmp_path: Path,
+) -> None:
+    path, other = tmp_path / "a new" / "folder" / "ledger.jsonl", Release(2.0, 1.0)
+    opened = Ledger.open(path, "data")
+    for round, data in ((1, "x"), (1, "x"), (2, "y")):
+        opened.charge(Entry("a", round, "client", RELEASE, data=data))
+    opened.charge(Entry("b", 1, "example", other, count=3, data="z"))
+    for ledger in (opened, Ledger.open(path, "data")):
+        assert ledger.rounds_of("a") == {1: 2, 2: 1} and ledger.rounds_of("b") == {1: 1}
+        assert ledger.spent_on("a") == {RELEASE: 3} and ledger.spent_on("b") == {other: 3}
+        assert (ledger.data_of("a"), ledger.data_of("b")) == ({"x", "y"}, {"z"})
+        assert ledger.has("a", 2) and not ledger.has("b", 2)
+        assert not (
+            ledger.rounds_of("c") or ledger.spent_on("c") or ledger.data_of("c") or ledger.has("c", 1)
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "syncs"), [({}, True), ({"durable": True}, True), ({"durable": False}, False)]
+)
+def test_a_charge_waits_for_the_disk_unless_it_protects_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], syncs: bool
+) -> None:
+    ledger, synced = Ledger.open(tmp_path / "ledger.jsonl", "data", **options), []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    ledger.charge(entry(1))
+    assert bool(synced) == syncs
 
 
 def test_a_charge_is_on_the_disk_before_it_returns(tmp_path: Path) -> None:
