@@ -19,6 +19,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.errors import ConfigError
 from atoll.privacy.discrete_gaussian import DiscreteGaussian
 
 RandomBits = Callable[[int], NDArray[np.uint64]]
@@ -92,6 +93,24 @@ class Lattice:
 def lattice_for(
     noise_multiplier: float, sensitivity: float, numbers: int, random_bits: RandomBits
 ) -> Lattice:
-    """The noise for a sum of `numbers` numbers, with `sensitivity` enlarged by what rounding adds."""
-    plain = Lattice(noise_multiplier * sensitivity, random_bits)
-    return Lattice(noise_multiplier * (sensitivity + 2 * plain.rounding(numbers)), random_bits)
+    """The noise for a sum of `numbers` numbers, with `sensitivity` enlarged by what rounding adds.
+
+    What is added can bring the deviation to the next power of two, where the grid is twice as coarse: then
+    rounding on that grid counts.
+
+    Raises:
+        ConfigError: the noise is so much that rounding on its grid would add a quarter of it, or more.
+    """
+    most = 2.0 ** (FINENESS - 2) / math.sqrt(numbers)
+    if noise_multiplier > most:
+        raise ConfigError(
+            f"privacy.noise_multiplier: {noise_multiplier:.6g} is too much for {numbers:,} numbers, whose"
+            f" rounding must be covered too; expected at most {most:.6g}"
+        )
+    lattice = Lattice(noise_multiplier * sensitivity, random_bits)
+    granularity = 0.0
+    while lattice.granularity > granularity:
+        granularity = lattice.granularity
+        enlarged = noise_multiplier * (sensitivity + 2 * lattice.rounding(numbers))
+        lattice = Lattice(enlarged, random_bits)
+    return lattice

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from atoll.errors import ConfigError
 from atoll.privacy import accounting
 from atoll.privacy.accounting import DISCRETE_PART, Release
 from atoll.privacy.discrete_accounting import discrete_excess
@@ -59,7 +60,7 @@ def test_noise_of_no_deviation_cannot_be_made(deviation: float) -> None:
         Lattice(deviation, entropy)
 
 
-@given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6), st.integers(1, 10**8), st.integers(1, 10**5))
+@given(st.floats(1e-6, 6e3), st.floats(1e-6, 1e6), st.integers(1, 10**8), st.integers(1, 10**5))
 def test_discrete_noise_costs_no_more_than_the_accountant_says(
     multiplier: float, sensitivity: float, numbers: int, shares: int
 ) -> None:
@@ -68,6 +69,31 @@ def test_discrete_noise_costs_no_more_than_the_accountant_says(
     excess = discrete_excess(lattice.variance, 10**12, shares)
     assert excess.noise_factor >= DISCRETE_PART and 2 * excess.slack < 1e-29
     assert lattice.variance >= 4**FINENESS
+
+
+@given(
+    st.floats(0.05, 2000) | st.integers(-3, 6).map(lambda power: 2.0**power * (1 - 1e-7)),
+    st.just(1.0) | st.floats(1e-3, 1e3),
+    st.integers(1, 10**9),
+)
+def test_the_noise_covers_what_rounding_on_its_own_grid_adds(
+    multiplier: float, sensitivity: float, numbers: int
+) -> None:
+    """And no more than that: the grid is 2^28 to 2^29 times as fine as the deviation."""
+    lattice = lattice_for(multiplier, sensitivity, numbers, entropy)
+    step = 2.0 ** (math.floor(math.log2(lattice.deviation)) - 28)
+    added = step * math.sqrt(numbers)  # twice half a step for each number
+    assert lattice.granularity == step
+    assert lattice.deviation >= multiplier * (sensitivity + added) * (1 - 1e-15)
+    assert lattice.deviation <= multiplier * (sensitivity + added) * (1 + 1e-15) or added > step
+
+
+def test_so_much_noise_that_its_rounding_would_grow_with_it_is_refused() -> None:
+    assert lattice_for(6710.0, 1.0, 10**8, entropy).deviation > 6710
+    with pytest.raises(
+        ConfigError, match=r"^privacy.noise_multiplier: 6711 is too much for 100,000,000 numb"
+    ):
+        lattice_for(6711.0, 1.0, 10**8, entropy)
 
 
 def test_the_accountant_counts_a_little_less_than_the_noise() -> None:
