@@ -51,3 +51,14 @@ def test_one_client_moves_the_count_by_a_half_whatever_it_says() -> None:
     for within in (0, 1):
         moved = noised_fraction(30 + within, 61, noise=0.0, expected_cohort=100)
         assert abs(moved - base) * 100 == pytest.approx(0.5)
+
+
+def test_a_fraction_is_the_reports_sum_with_its_noise_over_the_expected_cohort() -> None:
+    assert noised_fraction(3, 4, noise=0.5, expected_cohort=8.0) == (3 - 2 + 0.5) / 8 + 0.5
+    assert noised_fraction(0, 0, noise=0.0, expected_cohort=8.0) == 0.5
+
+
+@pytest.mark.parametrize(("fraction", "counts_as"), [(-3.0, 0.0), (0.25, 0.25), (1.7, 1.0)])
+def test_a_fraction_beyond_its_range_counts_as_its_end(fraction: float, counts_as: float) -> None:
+    norm = update_clipping_norm(2.0, fraction, quantile=0.5, lr=0.2)
+    assert norm == pytest.approx(2 * np.exp(-0.2 * (counts_as - 0.5)), rel=1e-12)

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from atoll.errors import BudgetExhausted
 from atoll.privacy.accounting import Release
+from atoll.privacy.banded import CorrelatedNoise
 from atoll.privacy.central import CentralGaussian
 from atoll.privacy.clipping import clipped_sum
 from atoll.privacy.noise import entropy, seeded
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
+from tests.privacy.detectors import silent
 
 MODEL: Tensors = {"b": torch.zeros(3), "a": torch.zeros(2, 2)}
 
@@ -132,3 +134,33 @@ def test_the_order_of_arrival_and_of_names_changes_no_bit() -> None:
 def test_a_mechanism_that_protects_nothing_cannot_be_made(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         mechanism(**{field: value})
+
+
+@pytest.mark.parametrize("rate", [-0.1, 0.0, 1.0001, 1.5, math.nan])
+def test_a_sampling_rate_that_is_none_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"sampling_rate must be in \(0, 1\]"):
+        mechanism(sampling_rate=rate)
+
+
+def test_the_fraction_is_that_of_the_norms_within_the_clipping_norm_and_a_half_of_nobody() -> None:
+    silent_one = replace(mechanism(count_deviation=2.0), random_bits=silent)
+    norms = (0.5, 1.0, 2.0)  # the second is just within
+    updates = [update(f"c{norm}", [0, norm, 0, 0, 0, 0, 0]) for norm in norms]
+    assert silent_one.release(updates, MODEL)[1] == (2 - 1.5) / 4 + 0.5
+    assert silent_one.release([], MODEL)[1] == 0.5
+    assert mechanism().release(updates, MODEL)[1] is None
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+@pytest.mark.parametrize("count_deviation", [None, 2.0])
+def test_the_sums_noise_covers_rounding_in_every_round_of_a_participation(
+    bands: int, count_deviation: float | None
+) -> None:
+    one = replace(
+        mechanism(noise_multiplier=1.3, clipping_norm=0.7), count_deviation=count_deviation,
+        correlation=CorrelatedNoise(bands),
+    )  # fmt: skip
+    left = 1.3 if count_deviation is None else (1.3**-2 - (2 * 2.0) ** -2) ** -0.5
+    step = 2.0 ** (math.floor(math.log2(left * 0.7)) - 28)
+    expected = left * (0.7 + step * math.sqrt(bands * 10**6))
+    assert one.lattice(10**6).deviation == pytest.approx(expected, rel=1e-13)
