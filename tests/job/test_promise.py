@@ -9,7 +9,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.privacy import cohort_is_secret, expected_cohort, local_steps
 from atoll.privacy.accounting import Release, epsilon
-from atoll.privacy.dp_plan import dp_plan_of
+from atoll.privacy.dp_plan import distributed_terms, dp_plan_of
 from atoll.tasks.data_info import check_info_stated
 
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
@@ -172,3 +172,32 @@ def test_classes_must_be_public_where_the_data_is_the_clients_own() -> None:
         check_info_stated(setting, task)
     check_info_stated(job(CLIENT, data={"source": "/data/x", "classes": ["a", "b"]}), task)
     check_info_stated(job(CLIENT), task)
+
+
+def test_what_is_planned_are_the_releases_of_all_rounds_with_their_sampling() -> None:
+    dp_plan = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort_rate": 0.1}), "client")
+    assert dp_plan is not None and dp_plan.planned == {Release(1.0, 0.1): 7}
+
+
+def test_the_terms_of_a_secure_sum_are_those_of_the_promise_whose_noise_is_shared() -> None:
+    both = {
+        "unit": "both",
+        "client": {key: CLIENT[key] for key in ("noise_multiplier", "delta")},
+        "example": {key: EXAMPLE[key] for key in ("noise_multiplier", "delta", "sampling_rate")},
+    }
+    for privacy, unit in ((CLIENT | DISTRIBUTED, "client"), (EXAMPLE | DISTRIBUTED, "example")):
+        assert distributed_terms(job(privacy)) == dp_plan_of(job(privacy), unit)  # type: ignore[arg-type]
+    for privacy in (CLIENT, EXAMPLE, both, {"unit": "none"}):
+        assert distributed_terms(job(privacy)) is None
+
+
+@pytest.mark.parametrize(("deviation", "is_refused"), [(0.34, True), (0.5, True), (0.51, False)])
+def test_a_count_that_costs_more_than_it_and_the_sum_may_is_refused_by_its_key(
+    deviation: float, is_refused: bool
+) -> None:
+    setting = job(CLIENT | {"clipping": "adaptive", "count_deviation": deviation})
+    if not is_refused:
+        assert dp_plan_of(setting, "client") is not None
+        return
+    with pytest.raises(ConfigError, match=r"^privacy.count_deviation: expected more than 0.5, half of"):
+        dp_plan_of(setting, "client")

@@ -18,6 +18,7 @@ from atoll.errors import BudgetExhausted, ConfigError
 from atoll.job.job import Job
 from atoll.privacy.accounting import Release, epsilon, epsilon_rdp
 from atoll.privacy.banded import (
+    LEAST_SQUARE,
     CorrelatedNoise,
     coefficients,
     cost_of_round,
@@ -107,6 +108,30 @@ def test_costs_of_rounds_add_up_to_the_sensitivity_also_of_a_part_of_the_run() -
     assert cost_of_round({1: 1, 2: 2}, 3, 1.3, 1).noise_multiplier == pytest.approx(1.3)
 
 
+@pytest.mark.parametrize("bands", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("charged", "round"),
+    [
+        ({}, 1),
+        ({}, 3),
+        ({1: 1, 2: 1}, 3),
+        ({1: 1, 2: 1}, 4),
+        ({1: 1, 2: 1}, 1),
+        ({2: 1, 3: 1}, 4),
+        ({3: 1}, 1),
+    ],
+)
+def test_a_round_costs_what_it_adds_to_the_sensitivity_also_after_a_gap(
+    charged: dict[int, int], round: int, bands: int
+) -> None:
+    after = {**charged, round: charged.get(round, 0) + 1}
+    before = slowly(charged, bands) if charged else 0.0
+    assert squared_sensitivity(charged, bands) == pytest.approx(before, rel=1e-12)
+    cost = cost_of_round(charged, round, 1.3, bands)
+    added = max(slowly(after, bands) - before, LEAST_SQUARE)
+    assert (1.3 / cost.noise_multiplier) ** 2 == pytest.approx(added, rel=1e-9)
+
+
 def gaussian_epsilon(multiplier: float, delta: float) -> float:
     """Balle and Wang 2018, theorem 8: of one Gaussian release."""
 
@@ -183,6 +208,7 @@ def test_what_is_released_is_computed_from_noisy_sums_on_the_grid() -> None:
 def test_one_band_has_the_bits_of_the_independent_mechanism(tmp_path: Path) -> None:
     update = [Update("x", 1, {"w": torch.arange(40.0)}, 1)]
     mechanism = CentralGaussian(0.5, 1.1, 2.0, 1.0, seeded(3), correlation=CorrelatedNoise(1))
+    assert CentralGaussian(0.5, 1.1, 2.0, 1.0, seeded(3)).correlation == CorrelatedNoise(1)
     lattice, total = lattice_for(1.1, 0.5, 40, seeded(3)), clipped_sum(update, clipping_norm=0.5)[0]["w"]
     for _ in range(3):
         mean = mechanism.release(update, {"w": torch.zeros(40)})[0]["w"]

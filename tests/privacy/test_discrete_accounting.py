@@ -184,3 +184,25 @@ def test_what_says_nothing_is_refused() -> None:
         discrete_excess(Fraction(100), 0)
     with pytest.raises(ValueError, match="a share's variance must be >= 1/4"):
         discrete_excess(Fraction(1, 5), 1, shares=100)
+
+
+@pytest.mark.parametrize(("numbers", "variance", "shares"), [(1, 900, 1), (10**6, 900, 1), (10**6, 300, 7)])
+def test_the_factor_is_the_one_of_the_smoothing_that_so_many_numbers_need(
+    numbers: int, variance: int, shares: int
+) -> None:
+    smoothing = math.log(8 * numbers / 1e-30) / (2 * math.pi**2)
+    found = discrete_excess(Fraction(variance), numbers, shares).noise_factor
+    assert found**2 == pytest.approx(1 - smoothing / (variance * shares), rel=1e-14)
+    assert discrete_excess(Fraction(2.001 * smoothing / shares), numbers, shares).noise_factor > 0.7
+    with pytest.raises(ValueError, match=r"variance must be >= "):
+        discrete_excess(Fraction(1.999 * smoothing / shares), numbers, shares)
+
+
+def test_a_sum_of_shares_deviates_by_the_papers_bound_for_every_number() -> None:
+    assert sum_deviation(Fraction(1), 2) == pytest.approx(5 * math.exp(-(math.pi**2)), rel=1e-14)
+    both = math.exp(-(math.pi**2) * 4) + math.exp(-(math.pi**2) * 16 / 3)
+    assert discrete_excess(Fraction(4), 1000, 3).slack == pytest.approx(1e-30 + 1000 * 5 * both, rel=1e-9)
+    assert sum_deviation(Fraction(1, 10), 1) == 0.0
+    for shares in (2, 3):
+        with pytest.raises(ValueError, match="a share's variance must be >= 1/4"):
+            sum_deviation(Fraction(1, 10), shares)
