@@ -117,6 +117,7 @@ def test_costs_of_rounds_add_up_to_the_sensitivity_also_of_a_part_of_the_run() -
         ({1: 1, 2: 1}, 3),
         ({1: 1, 2: 1}, 4),
         ({1: 1, 2: 1}, 1),
+        ({1: 1, 2: 1, 3: 1}, 2),
         ({2: 1, 3: 1}, 4),
         ({3: 1}, 1),
     ],
