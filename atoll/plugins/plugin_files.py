@@ -77,7 +77,7 @@ def _execute(file: Path, content: bytes, digest: str, argument: str) -> None:
         raise ConfigError(f"--plugin {argument}: expected a Python file, whose name ends in .py")
     module = module_from_spec(spec)
     sys.modules[name] = module
-    failure = failure_of(lambda: exec(compile(content, str(file), "exec"), vars(module)))
+    failure = failure_of(lambda: exec(compile(content, str(file), "exec", dont_inherit=True), vars(module)))
     if failure is None:
         return
     del sys.modules[name]

@@ -102,7 +102,9 @@ def from_bytes(blob: bytes) -> Tensors:
         tensors: Tensors = load(blob)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise DataError(f"not a safetensors message of {len(blob)} bytes: {error}") from None
-    return all_aligned(tensors)
+    for name in tensors:  # one at a time, for they may be large
+        tensors[name] = aligned(tensors[name])
+    return tensors
 
 
 def size_of(tensors: Mapping[str, torch.Tensor]) -> int:

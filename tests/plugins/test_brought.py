@@ -731,3 +731,16 @@ def test_what_was_trained_on_an_own_backbone_is_exported_and_predicts(folder: Pa
         assert code == 2 and "unknown backbone 'plugin:ridges', and no extension brings one" in errors
         code, _, errors = say(folder, f"atoll {line} --plugin ridges.py")
         assert code == 0, errors
+
+
+def test_a_plugin_file_has_the_future_that_it_asks_for(tmp_path: Path) -> None:
+    """Not that of the module which executes it: annotations are values unless the file says otherwise."""
+    for name, head, expected in (
+        ("plain", "", int),
+        ("postponed", "from __future__ import annotations\n", "int"),
+    ):
+        file = tmp_path / f"{name}.py"
+        file.write_text(head + "def f(x: int) -> None: ...\n")
+        digest = plugins.load_file(file).sha256
+        module = sys.modules[f"atoll_plugin_{name}_{digest[:8]}"]
+        assert module.f.__annotations__["x"] == expected and module.__file__ == str(file)

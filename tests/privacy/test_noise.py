@@ -84,8 +84,7 @@ def test_the_noise_covers_what_rounding_on_its_own_grid_adds(
     step = 2.0 ** (math.floor(math.log2(lattice.deviation)) - 28)
     added = step * math.sqrt(numbers)  # twice half a step for each number
     assert lattice.granularity == step
-    assert lattice.deviation >= multiplier * (sensitivity + added) * (1 - 1e-15)
-    assert lattice.deviation <= multiplier * (sensitivity + added) * (1 + 1e-15) or added > step
+    assert lattice.deviation == pytest.approx(multiplier * (sensitivity + added), rel=1e-15)
 
 
 def test_so_much_noise_that_its_rounding_would_grow_with_it_is_refused() -> None:
