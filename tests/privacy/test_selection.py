@@ -152,3 +152,17 @@ def test_a_curve_that_bounds_nothing_has_no_epsilon(divergence: float) -> None:
         one = np.array([divergence if place == other else 0.5 for other in range(3)])
         others = np.delete(orders, place)
         assert Curve(orders, one).epsilon(1e-5) == Curve(others, bounded[:2]).epsilon(1e-5)
+
+
+def test_a_small_price_is_told_as_small() -> None:
+    """At most zCDP's bound (Bun and Steinke 2016, proposition 1.3): rho + 2 sqrt(rho log(1 / delta))."""
+    rho, delta = 1e-4, 1e-5
+    bound = rho + 2 * math.sqrt(rho * math.log(1 / delta))
+    assert 0.5 * bound < zcdp(rho).epsilon(delta) <= bound
+    assert zcdp(1e-12).epsilon(0.5) == 0.0
+
+
+@pytest.mark.parametrize("gamma", [-0.5, 0.0, 1.0001, 1.5, math.nan])
+def test_a_gamma_that_is_no_part_is_refused(gamma: float) -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        TruncatedNegativeBinomial(shape=1, gamma=gamma)
