@@ -1,5 +1,6 @@
 """The ledger: nothing that was charged is ever lost, and a changed one is refused."""
 
+import json
 import os
 import random
 import signal
@@ -254,3 +255,13 @@ def test_what_another_wrote_is_seen_once_the_ledger_is_ones_own(tmp_path: Path) 
         with other.alone():
             other.charge(entry(5))
     assert Ledger.open(tmp_path / "ledger.jsonl", "data").spent[RELEASE] == 5
+
+
+def test_the_first_line_says_the_format_that_is_kept_for_good(tmp_path: Path) -> None:
+    """Ledgers outlive versions of Atoll: another format needs a reader of this one."""
+    filled(tmp_path / "ledger.jsonl")
+    first, *entries = (json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines())
+    assert (first["format"], first["data"]) == (1, "data")
+    wanted = {"job": "job", "round": 1, "unit": "client", "noise_multiplier": 1.1, "sampling_rate": 0.05,
+              "count": 1, "data": ""}  # fmt: skip
+    assert entries[0].items() >= wanted.items()
