@@ -26,6 +26,8 @@ from atoll.protocol.tensors import (
 )
 from atoll.protocol.updates_on_disk import taken, written
 from atoll.server.run.checkpoint import Checkpoint, latest, save
+from atoll.strategies.fedavg import FedAvg
+from atoll.strategies.strategy import State
 from atoll.tasks import task_named
 from tests.client.state.test_personal import stopped_and_resumed
 from tests.repository.golden import jobs
@@ -85,6 +87,24 @@ def test_a_state_in_memory_lies_where_it_would_after_a_restart() -> None:
     store.save("run", 1, {"client": {"a": part}})
     found = store.load_before("run", "client", 2)
     assert torch.equal(found["a"], part) and found["a"].data_ptr() % ALIGNMENT == 0
+
+
+def test_a_strategys_state_lies_where_it_would_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    merge = FedAvg.merge
+
+    def with_a_part(self: FedAvg, model: Tensors, updates: Any, state: State) -> tuple[Tensors, State]:
+        found.append(state.get("part"))
+        after, _ = merge(self, model, updates, state)
+        return after, {"part": torch.arange(40.0)[3:]}
+
+    monkeypatch.setattr(FedAvg, "merge", with_a_part)
+    run(network({"name": "fedavg"}), tmp_path / "run")
+    assert found[0] is None and len(found) == 3
+    assert all(torch.equal(part, torch.arange(3.0, 40.0)) for part in found[1:])
+    assert [part.data_ptr() % ALIGNMENT for part in found[1:]] == [0, 0]
 
 
 def test_a_mapped_file_is_safetensors_with_bytes_between_the_tensors() -> None:
