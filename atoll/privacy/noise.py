@@ -108,9 +108,8 @@ def lattice_for(
             f" rounding must be covered too; expected at most {most:.6g}"
         )
     lattice = Lattice(noise_multiplier * sensitivity, random_bits)
-    granularity = 0.0
-    while lattice.granularity > granularity:
-        granularity = lattice.granularity
-        enlarged = noise_multiplier * (sensitivity + 2 * lattice.rounding(numbers))
-        lattice = Lattice(enlarged, random_bits)
-    return lattice
+    while True:
+        before = lattice
+        lattice = Lattice(noise_multiplier * (sensitivity + 2 * before.rounding(numbers)), random_bits)
+        if lattice.granularity == before.granularity:
+            return lattice
