@@ -15,10 +15,7 @@ from math import prod
 
 import torch
 
-from atoll.protocol.tensors import Tensors
-
-ALIGNED = 64
-"""Each tensor begins at a multiple of so many bytes."""
+from atoll.protocol.tensors import ALIGNMENT, Tensors
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class SharedTensorSlots:
         places, size = {}, 0
         for name, tensor in tensors.items():
             places[name] = Place(size, tensor.dtype, tuple(tensor.shape))
-            size += -(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED
+            size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
         handle = os.memfd_create("atoll-board", os.MFD_CLOEXEC)
         os.ftruncate(handle, max(1, slots * size))
         return cls(Layout(os.getpid(), handle, secrets.token_hex(8), slots, size, places), handle)

@@ -38,6 +38,7 @@ from atoll.system import durable_files
 from tests.privacy.runs.test_private_runs import CLIENT, SEEDED, distributed, job
 from tests.sim.test_simulation import Breaks, run
 from tests.strategies.test_strategy_runs import of_eight
+from tests.support.alignment import mapped_file, mapped_files
 from tests.support.small import few_pictures, image_job
 
 
@@ -47,15 +48,14 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(updates_on_disk, "LEAST_BYTES", 0)
 
 
-def mappings(folder: Path) -> list[tuple[int, int]]:
-    """Where files of a folder are in this process's memory, as the system tells it."""
-    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text("utf-8").splitlines()]
-    spans = [line[0].split("-") for line in lines if len(line) == 6 and line[5].startswith(f"{folder}/")]
-    return [(int(start, 16), int(end, 16)) for start, end in spans]
+def mappings(folder: Path) -> list[Path]:
+    """The files of a folder that are in this process's memory, as the system tells it."""
+    return [file for _, _, file in mapped_files() if file.is_relative_to(folder)]
 
 
 def is_mapped_from(folder: Path, tensor: torch.Tensor) -> bool:
-    return any(start <= tensor.data_ptr() < end for start, end in mappings(folder))
+    file = mapped_file(tensor)
+    return file is not None and file.is_relative_to(folder)
 
 
 def test_the_parts_are_a_file_that_safetensors_reads() -> None:

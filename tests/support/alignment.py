@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ PRODUCTS = {
 """torch's operations whose sums of products are another library's, or may be."""
 
 
-def mapped_file(tensor: torch.Tensor) -> Path | None:
-    """The file whose content a tensor's memory is, by what the system says; None where it is no file's."""
+def mapped_files() -> Iterator[tuple[int, int, Path]]:
+    """(start, end, file) of what of files is in this process's memory, deleted ones too."""
     for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
         fields = line.split(maxsplit=5)
-        start, end = (int(place, 16) for place in fields[0].split("-"))
-        if start <= tensor.data_ptr() < end:
-            name = fields[5] if len(fields) == 6 else ""
-            return Path(name.removesuffix(" (deleted)")) if name.startswith("/") else None
-    return None
+        if len(fields) == 6 and fields[5].startswith("/"):
+            start, end = (int(place, 16) for place in fields[0].split("-"))
+            yield start, end, Path(fields[5].removesuffix(" (deleted)"))
+
+
+def mapped_file(tensor: torch.Tensor) -> Path | None:
+    """The file whose content a tensor's memory is, by what the system says; None where it is no file's."""
+    return next((file for start, end, file in mapped_files() if start <= tensor.data_ptr() < end), None)
 
 
 class WatchesProducts(TorchDispatchMode):
