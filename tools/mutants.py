@@ -304,11 +304,17 @@ def main(arguments: Sequence[str]) -> int:
         every = mutants_of(path)
         chosen = random.Random(f"{given.seed}/{path}").sample(every, min(given.count, len(every)))
         reasons = known.get(path.as_posix(), {})
-        new = [mutant for mutant in survivors(path, chosen) if mutant.key not in reasons]
-        left += len(new)
-        print(f"{path}: {len(chosen)} of {len(every)} mutants, {len(new)} not noticed", flush=True)
-        for mutant in sorted(new, key=lambda mutant: mutant.line):
+        tried = sorted((m for m in chosen if m.key not in reasons), key=lambda mutant: mutant.line)
+        new = 0
+        for mutant in survivors(path, tried):
+            new += 1
             print(f"  {path}:{mutant.line}: {mutant.what}\n      {mutant.source}", flush=True)
+        left += new
+        print(
+            f"{path}: {len(tried)} of {len(every)} mutants, {new} not noticed; "
+            f"{len(chosen) - len(tried)} explained",
+            flush=True,
+        )
     return 1 if left else 0
 
 
