@@ -162,6 +162,11 @@ def noise_locations(job: Job) -> tuple[str, ...]:
     return tuple(guarantee_of(job, unit).where or PLACES[unit][0] for unit in job.privacy.units)
 
 
+def charges_clients(job: Job) -> bool:
+    """Whether clients add noise themselves, and charge each round to a ledger of their own."""
+    return any(where != "server" for where in noise_locations(job))
+
+
 def guarantee_of(job: Job, unit: Unit) -> DpGuarantee:
     """The guarantee of a unit that has one."""
     promise = job.privacy.promise(unit)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from atoll.job.job import Job
+from atoll.job.privacy import charges_clients
 from atoll.job.train import lr_of_round
 from atoll.kit.roster import SIGNATURE_BYTES
 from atoll.privacy.dp_plan import distributed_terms
@@ -50,7 +51,7 @@ from atoll.protocol.requests import (
     origin_of,
 )
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.validation import STATES, ValidatedUpdates
+from atoll.server.rounds.validation import MAX_CHARGED, STATES, ValidatedUpdates
 
 Ask = Callable[[SumRequest, Sequence[str]], Sequence[Reply]]
 """Sends a request to clients and waits for their replies."""
@@ -87,7 +88,8 @@ class SecureRound:
         try:
             total, stayed = self._opened() if self.masks else self._sum_unmasked()
         except SecureAggregationFailed as error:
-            return ValidatedUpdates((), {**self.aside, "the sum": str(error)})
+            aside = {**self.aside, "the sum": str(error)}
+            return ValidatedUpdates((), aside, charged_rounds=self.charged_rounds)
         return ValidatedUpdates((self._as_update(total),), dict(sorted(self.aside.items())), stayed)
 
     @property
@@ -209,10 +211,13 @@ class SecureRound:
             if vector is None or vector.dtype != torch.int64 or vector.shape != (numbers,):
                 self.aside[name] = f"its vector is not of {numbers} whole numbers"
                 continue
-            good[name] = vector.numpy().view(np.uint64)
-            charged = content.get(CHARGED_ROUNDS)
-            if charged is not None and charged.shape == () and torch.isfinite(charged):
+            if charges_clients(self.job):
+                charged = content.get(CHARGED_ROUNDS, torch.zeros(()))
+                if charged.shape != () or not 1 <= float(charged) <= MAX_CHARGED:
+                    self.aside[name] = "it does not tell how many rounds its ledger was charged"
+                    continue
                 self.charged_rounds = max(self.charged_rounds, int(charged))
+            good[name] = vector.numpy().view(np.uint64)
         return good
 
     def _check(self, left: int) -> None:
@@ -224,13 +229,14 @@ class SecureRound:
         numbers = length(model, private=dp_plan is not None)
         values = FixedPointCodec.of(dp_plan, numbers, self.threshold, entropy).values(total)
         states = {name: torch.zeros((), dtype=torch.float64) for name in STATES}
+        if charges_clients(self.job):  # also where each client's examples have noise of their own
+            states[CHARGED_ROUNDS] = torch.tensor(float(self.charged_rounds), dtype=torch.float64)
         if dp_plan is None:
             weight, *loss_states = values[-len(EXTRA) :]
             states |= dict(zip(EXTRA[1:], loss_states, strict=True))
             return Update(
                 "the cohort", self.train.round, unflatten(values[: -len(EXTRA)] / weight, model), 1, states
             )
-        states[CHARGED_ROUNDS] = torch.tensor(float(self.charged_rounds), dtype=torch.float64)
         mean = unflatten(values * scale_of_sum(self.job, self.train.round), model)
         return Update("the cohort", self.train.round, mean, 1, states)
 

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 
 from atoll.job.job import Job
+from atoll.job.privacy import charges_clients
 from atoll.protocol.messages import (
     CHARGED_ROUNDS,
     CLUSTER,
@@ -30,6 +31,10 @@ STATES = {"train_loss.sum", "train_loss.count"}
 SOMETIMES = {CHARGED_ROUNDS, CLUSTER, LOCAL_STEPS, RECEIVED_LOSS}
 """States that updates have only where a promise of privacy or the strategy requires them."""
 RANGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    CHARGED_ROUNDS: (
+        "a whole number from 1 to 1000000",
+        lambda value: (value >= 1) & (value <= MAX_CHARGED) & (value == value.floor()),
+    ),
     CLUSTER: ("a whole number of at least 0", lambda value: (value >= 0) & (value == value.floor())),
     LOCAL_STEPS: ("more than 0", lambda value: value > 0),
     RECEIVED_LOSS: ("at least 0", lambda value: value >= 0),
@@ -37,6 +42,8 @@ RANGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 """The valid values of a state: a description for messages, and a test of a tensor's values."""
 NOTHING_SENT: Tensors = {}
 MAX_EXAMPLES = 1_000_000_000
+MAX_CHARGED = 1_000_000
+"""The largest valid number of a run's rounds in a client's ledger."""
 MAX_LOSS = 1e30
 """The largest valid mean training loss, where clients are chosen by their losses."""
 MAX_NORM = 1e6
@@ -101,7 +108,7 @@ class Validation:
 
     inspects_values: bool
     needed: frozenset[str] = frozenset()
-    """Names of states without which the strategy can't merge an update."""
+    """Names of states without which an update can't be merged, or what it cost can't be told."""
     clusters: int = 0
     """The number of cluster models that clients choose from; 0 where there are no clusters."""
     root: str | None = None
@@ -115,9 +122,10 @@ class Validation:
         steps = {LOCAL_STEPS} if job.strategy.name == "fednova" else set()
         losses = {RECEIVED_LOSS} if job.strategy.sends_losses else set()
         chosen = {CLUSTER} if job.strategy.makes_clusters else set()
+        charged = {CHARGED_ROUNDS} if charges_clients(job) else set()
         return cls(
             "client" not in job.privacy.units,
-            frozenset(steps | losses | chosen),
+            frozenset(steps | losses | chosen | charged),
             clusters_of(job),
             trusted_client(job),
             job.federation.chooses_by_losses,
@@ -143,7 +151,7 @@ class Validation:
         self, replies: Iterable[Reply], names: Sequence[str], model: Tensors, round: int, sent: Tensors
     ) -> ValidatedUpdates:
         blind = not self.inspects_values
-        if isinstance(replies, StackedUpdates):
+        if isinstance(replies, StackedUpdates) and self.needed - {CLUSTER} <= replies.states.keys():
             return validate_stacked(replies, names, model, round, sent, blind=blind)
         validated = validate_updates(replies, names, model, round, sent, blind=blind)
         return self._with_what_is_needed(validated) if self.needed else validated

@@ -114,7 +114,17 @@ def _spent(run: Run, dp_plan: DpPlan) -> Composition:
     if dp_plan.where == "server":
         assert isinstance(run.setup.protection, CentralDp)
         return run.setup.protection.spent
-    return Counter({dp_plan.event: charged_rounds(run) * dp_plan.per_round})
+    rounds = max(charged_rounds(run), _most_asked(run))
+    return Counter({dp_plan.event: rounds * dp_plan.per_round})
+
+
+def _most_asked(run: Run) -> int:
+    """In how many of the run's rounds the client was asked that was asked most often.
+
+    A client whose reply didn't arrive was charged for it and could not say so. Participants that are secret
+    are not in the log: then the charged rounds are those that clients told.
+    """
+    return max(Counter(name for line in run.state.log for name in line["cohort"]).values(), default=0)
 
 
 def _number(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,22 @@ from atoll.kit.kit import Budget
 from atoll.privacy.accounting import Release, epsilon
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
-from atoll.protocol.messages import Failure, Update
-from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainRequest, UnmaskedSumRequest, origin_of
+from atoll.protocol.messages import Failure, Reply, Update
+from atoll.protocol.requests import (
+    EvaluateRequest,
+    ModelRequest,
+    Request,
+    TrainRequest,
+    UnmaskedSumRequest,
+    origin_of,
+)
 from atoll.report.run_result import RunResult
 from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.central_dp import run_key
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
+from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.sim.test_simulation import DIGITS, Hostile
 
@@ -156,6 +165,46 @@ def test_an_example_level_run_charges_each_client_for_its_own_steps(tmp_path: Pa
         assert dict(ledger.spent) == {Release(0.8, 0.25): 4 * times}
     assert result.final["clients"] == {}
     assert all(line["loss"] is None for line in result.rounds)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_secure_sum_of_updates_with_their_own_noise_tells_what_they_cost(
+    masks: bool, tmp_path: Path
+) -> None:
+    """Found by the rows of every pair of options: this was told as epsilon 0."""
+    setting = job(EXAMPLE, federation={"secure_aggregation": True, "cohort": 6})
+    population, out = Population.of(setting), tmp_path / "run"
+    carrier = InlineTransport.of(population, ledgers=PrivacyLedgers(out / "ledgers"))
+    carrier.uses_masking = masks
+    result = run_job(setting, carrier, out, cached_test_set(population, None), report=False)
+    assert result.privacy["releases"] == 4 * 4
+    assert result.privacy["epsilon"] == epsilon({Release(0.8, 0.25): 16}, 1e-4)
+
+
+class Unheard(InlineTransport):
+    """Two clients' updates are lost on their way."""
+
+    lost = ("client-0000", "client-0005")
+
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+        for reply in super().send_and_receive(request, names, timeout):
+            if reply.client not in self.lost:
+                yield reply
+
+
+def test_whoever_is_charged_and_not_heard_counts_in_the_claim(tmp_path: Path) -> None:
+    """The clients that are asked most often tell nobody what they were charged."""
+    setting = job(EXAMPLE, federation={"cohort": 3, "quorum": 0.1, "rounds": 5})
+    population, out = Population.of(setting), tmp_path / "run"
+    carrier = Unheard.of(population, ledgers=PrivacyLedgers(out / "ledgers"))
+    result = run_job(setting, carrier, out, cached_test_set(population, None), report=False)
+    asked = Counter(name for line in result.rounds for name in line["cohort"])
+    times = max(asked.values())
+    heard = max(count for name, count in asked.items() if name not in Unheard.lost)
+    assert times > heard
+    ledgers = [Ledger.open(out / "ledgers" / f"{n}.jsonl", f"example of {n}") for n in Unheard.lost]
+    assert max(ledger.spent[Release(0.8, 0.25)] for ledger in ledgers) == 4 * times
+    assert result.privacy["releases"] == 4 * times
 
 
 def test_both_promises_are_kept_and_both_epsilons_told(tmp_path: Path) -> None:

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from atoll.protocol.messages import LOCAL_STEPS, RECEIVED_LOSS, Failure, Measurement, Update
+from atoll.protocol.messages import CHARGED_ROUNDS, LOCAL_STEPS, RECEIVED_LOSS, Failure, Measurement, Update
+from atoll.protocol.stacked_updates import stacked
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.validation import Validation, validate_updates
 from tests.support.small import image_job
 
+CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-5, "clipping_norm": 1.0}
+EXAMPLE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.5}
+EXAMPLE_OF_BOTH = {key: value for key, value in EXAMPLE.items() if key != "unit"}
+CLIENT_OF_BOTH = {key: value for key, value in CLIENT.items() if key != "unit"}
+BOTH = {"unit": "both", "example": EXAMPLE_OF_BOTH, "client": CLIENT_OF_BOTH}
 MODEL = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
 STATES = {"train_loss.sum": torch.tensor(1.0).double(), "train_loss.count": torch.tensor(2.0).double()}
 
@@ -46,6 +52,9 @@ BAD = {
     "nan state": (update(states={**STATES, "train_loss.sum": torch.tensor(torch.nan)}), "not one finite"),
     "big state": (update(states={**STATES, "train_loss.sum": torch.ones(10**6)}), "not one finite"),
     "no steps": (update(states={**STATES, LOCAL_STEPS: torch.tensor(0.0)}), "expected more than 0"),
+    "charged nothing": (update(states={**STATES, CHARGED_ROUNDS: torch.tensor(0.0)}), "from 1 to 1000000"),
+    "charged a half": (update(states={**STATES, CHARGED_ROUNDS: torch.tensor(1.5)}), "found 1.5"),
+    "charged for ever": (update(states={**STATES, CHARGED_ROUNDS: torch.tensor(2e6)}), "found 2e"),
     "loss below 0": (
         update(states={**STATES, RECEIVED_LOSS: torch.tensor(-1.0)}),
         "expected at least 0, found -1",
@@ -94,3 +103,19 @@ def test_who_keeps_back_what_the_strategy_needs_is_set_aside_and_ends_no_run(
     found = validation([update("a"), update("b", states=told)], ["a", "b"], MODEL, 4)
     assert [u.client for u in found.updates] == ["b"]
     assert found.set_aside == {"a": f"metric state {state} is missing"}
+
+
+@pytest.mark.parametrize("privacy", [EXAMPLE, BOTH])
+@pytest.mark.parametrize("together", [False, True])
+def test_an_update_under_a_promise_tells_how_often_its_client_was_charged(
+    privacy: dict[str, object], together: bool
+) -> None:
+    """Without it the run's epsilon would be a number of others' charges, or none."""
+    validation = Validation.of(image_job("raw:pixels", privacy=privacy))
+    told = {**STATES, CHARGED_ROUNDS: torch.tensor(2.0).double()}
+    silent = [update("a"), update("b")]
+    replies = stacked(silent) if together else [*silent[:1], update("b", states=told)]
+    found = validation(replies, ["a", "b"], MODEL, 4)
+    assert [u.client for u in found.updates] == ([] if together else ["b"])
+    assert found.set_aside["a"] == f"metric state {CHARGED_ROUNDS} is missing"
+    assert not Validation.of(image_job("raw:pixels", privacy=CLIENT)).needed  # its noise is the server's
