@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
@@ -349,6 +350,47 @@ class Covering:
                 left.pop(covered, None)
         return rows
 
+    def fewer(self, rows: Sequence[Row]) -> list[Row]:
+        """The same pairs in fewer rows: those go whose own pairs others can take, the poorest first."""
+        kept = [dict(row) for row in rows]
+        left = Counter(pair for row in kept for pair in pairs_of(row))
+        for row in sorted(kept, key=lambda row: sum(left[pair] == 1 for pair in pairs_of(row))):
+            others = [other for other in kept if other is not row]
+            changed = self._taken([pair for pair in pairs_of(row) if left[pair] == 1], others)
+            if changed is None:
+                continue
+            left.subtract(pairs_of(row))
+            for place, new in changed.items():
+                left.subtract(pairs_of(others[place]))
+                left.update(pairs_of(new))
+                others[place] = new
+            kept = others
+        return kept
+
+    def _taken(self, pairs: Sequence[Pair], rows: Sequence[Row]) -> dict[int, Row] | None:
+        """Rows that have one of each pair's values and can have the other too, by place; None if none has."""
+        changed: dict[int, Row] = {}
+        for pair in pairs:
+            for item, other in (pair, pair[::-1]):
+                found = next(self._with_both(item, other, rows, changed), None)
+                if found is not None:
+                    changed[found[0]] = found[1]
+                    break
+            else:
+                return None
+        return changed
+
+    def _with_both(
+        self, item: Item, other: Item, rows: Sequence[Row], changed: Mapping[int, Row]
+    ) -> Iterator[tuple[int, Row]]:
+        places = [place for place, row in enumerate(rows) if row.get(item[0]) in (item[1], _listed(item[1]))]
+        for place in self.random.sample(places, len(places)):
+            row = changed.get(place, rows[place])
+            if row.get(other[0]) in (other[1], _listed(other[1])):
+                yield place, row
+            elif other[0] not in row and self._accepted(row | dict([other])):
+                yield place, row | dict([other])
+
     def _accepted(self, row: Row) -> bool:
         return job_in(row, self.data[row["task"]]) is not None
 
@@ -404,6 +446,11 @@ def _items(row: Mapping[str, Any]) -> list[Item]:
     return [(key, tuple(value) if isinstance(value, list) else value) for key, value in row.items()]
 
 
+def _listed(value: Any) -> Any:
+    """As a file has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def pairs_of(row: Mapping[str, Any]) -> Iterator[Pair]:
     """The pairs of values in a row."""
     items = _items(row)
@@ -424,7 +471,7 @@ def main() -> None:
     """Write the rows anew, and say which values no job under a promise accepts."""
     with TemporaryDirectory() as folder:
         covering = Covering({task: TaskData(task, Path(folder) / task) for task in sorted(TABLES)})
-        rows = covering.rows()
+        rows = covering.fewer(covering.rows())
     FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     sys.stdout.write(f"{len(rows)} rows; refused under every promise: {covering.refused}\n")
 

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+import atoll.client.dp.adaptive_norms
 import atoll.client.dp.dp_sgd_model
 import atoll.client.heads.train
 import atoll.privacy.central
@@ -67,6 +68,8 @@ class Leaving:
     sums: dict[Place, list[Vector]] = field(default_factory=lambda: defaultdict(list))
     sent: list[Any] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
+    charged: dict[str, int] = field(default_factory=dict)
+    """By unit, the releases in the clients' own ledgers: the most that any client was charged for."""
 
     def output(self, place: Place, values: Vector, step: float) -> Vector:
         """Keep what would be noised; give out whole multiples of `step` that no data decides."""
@@ -147,6 +150,10 @@ def watched(leaving: Leaving) -> Iterator[None]:
         leaving.sums[("fraction",)].append(np.array([float(within)]))
         return 0.5
 
+    def count(within: int, drawn: int, **more: Any) -> float:
+        leaving.sums[("count",)].append(np.array([within - drawn / 2]))
+        return 0.25
+
     plain, made = FixedPointCodec.integers, atoll.client.dp.dp_sgd_model._Noise.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lattice, "added", central)
@@ -155,6 +162,7 @@ def watched(leaving: Leaving) -> Iterator[None]:
         patch.setattr(atoll.client.heads.train, "stacked_noise", heads)
         patch.setattr(FixedPointCodec, "integers", integers)
         patch.setattr(atoll.privacy.central, "noised_fraction", fraction)
+        patch.setattr(atoll.client.dp.adaptive_norms, "noised_fraction", count)
         patch.setattr(atoll.server.rounds.central_dp, "entropy", seeded(1))  # who is asked is no data's doing
         yield
 
@@ -216,9 +224,27 @@ def run_of(job: Job, folders: Sequence[Path], out: Path, warm: dict[str, Learner
             run_job(job, InMemory(site, leaving), out, lambda learner: None, report=False)
         except JobError as error:
             leaving.sent.append(f"the run failed: {error}")
-    leaving.files = files_of(out)
+    leaving.files, leaving.charged = files_of(out), charged_in(books)
     shutil.rmtree(out, ignore_errors=True), shutil.rmtree(books, ignore_errors=True)
     return leaving
+
+
+def charged_in(books: Path) -> dict[str, int]:
+    """The most releases in any ledger of this folder, by unit; read line by line."""
+    most: dict[str, int] = defaultdict(int)
+    for path in books.glob("*.jsonl"):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        unit = "client" if path.stem.endswith(".client") else "example"
+        most[unit] = max(most[unit], sum(entry.get("count", 0) for entry in entries))
+    return dict(most)
+
+
+def check_claim(leaving: Leaving) -> None:
+    """Raises Detected where the run claims fewer releases than its clients were charged for."""
+    claims = leaving.files.get("result.json", {}).get("privacy", {}).get("units", {})
+    for unit, charged in leaving.charged.items():
+        if unit in claims and claims[unit]["releases"] != charged:
+            raise Detected(f"{claims[unit]['releases']} releases are claimed, the ledgers have {charged}")
 
 
 def files_of(out: Path) -> dict[str, Any]:
@@ -251,6 +277,7 @@ def check_leaving(job: Job, one: Leaving, other: Leaving) -> float:
     A record more or less moves a sum of examples by the clipping norm at most; a client whose data changes
     takes another's place, and moves a sum of clients by twice as much.
     """
+    check_claim(one), check_claim(other)
     check_silence(one.sent, other.sent, "what a site says")
     check_silence(one.files, other.files, "the run's directory")
     check_silence(_shapes(one), _shapes(other), "which sums are noised")
@@ -274,6 +301,8 @@ def _allowed(job: Job, place: Place, number: int) -> float:
     """How far one unit may move what is noised there for the so many-th time, from 0."""
     if place == ("fraction",):
         return 1.0
+    if place == ("count",):
+        return 0.5  # within the norm or not, one example more or less
     if job.tune.head_init is not None and job.privacy.unit == "example":
         return SENSITIVITY
     if job.tune.head_init is not None and number == 0:
