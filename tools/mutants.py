@@ -4,9 +4,10 @@
 
 A mutant is the module with one comparison, operator, number or truth value changed, a condition turned round,
 or a call left out. Each is tried in a process of its own, in which the mutated source is imported instead of
-the file, on the test files that import the module (no test that starts processes), the quick ones first, and
-at the last on the watchdogs of tests/privacy/runs/test_sabotage.py. Those that no test notices are listed: a
-hole in the tests, or a change that makes no difference, which `tests/mutants.toml` then explains.
+the file: on the test files that import the module (no test that starts processes), the quick ones first, then
+on the watchdogs of tests/privacy/runs/test_sabotage.py, and at the last on the tests of the module's folder.
+Those that no test notices are listed: a hole in the tests, or a change that makes no difference, which
+`tests/mutants.toml` then explains.
 
 The tests are run in processes that are forked from one that has torch, SciPy and pytest imported and nothing
 of Atoll's.
@@ -224,6 +225,12 @@ def tests_of(name: str) -> list[str]:
     return chosen
 
 
+def tests_beside(path: Path) -> list[str]:
+    """The test files of the module's room, which may reach it through others."""
+    folder = ROOT / "tests" / path.relative_to("atoll").parent
+    return [file.relative_to(ROOT).as_posix() for file in sorted(folder.glob("test_*.py"))]
+
+
 def is_noticed(path: Path, mutant: Mutant | None, tests: Sequence[str]) -> bool:
     """Whether a test fails, in a process of its own, with the mutant for the module; None: with the file."""
     child = os.fork()
@@ -281,11 +288,13 @@ def explained() -> dict[str, dict[str, str]]:
 def survivors(path: Path, chosen: Sequence[Mutant]) -> Iterator[Mutant]:
     """Those that no test notices."""
     tests = tests_of(module_name(path))
+    wider = [file for file in tests_beside(path) if file not in tests]
     if tests and is_noticed(path, None, tests):
         sys.exit(f"{path}: its tests fail as it is: {' '.join(tests)}")
     for mutant in chosen:
         noticed = bool(tests) and is_noticed(path, mutant, tests)
-        if not noticed and not is_noticed(path, mutant, WATCHDOGS):
+        noticed = noticed or is_noticed(path, mutant, WATCHDOGS)
+        if not noticed and not (wider and is_noticed(path, mutant, wider)):
             yield mutant
 
 
