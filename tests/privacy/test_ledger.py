@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,17 @@ def spends_no_more_than_its_budget(folder: Path) -> bool:
         charge(ledgers, f"run-{i}", round) for round in range(1, 5) for i, ledgers in enumerate((one, other))
     ]
     return paid == [True] * 4 + [False] * 4
+
+
+def test_a_run_stops_at_its_own_target_where_the_site_has_no_budget(tmp_path: Path) -> None:
+    plan, charged = dp_plan(), PrivacyLedgers(tmp_path)
+    target = epsilon({plan.event: 3 * plan.per_round}, 1e-5)
+    # Nothing is planned, so that the target alone decides.
+    plan = replace(plan, releases=0, promise=plan.promise.model_copy(update={"epsilon": target}))
+    request = TrainRequest(JOB.canonical, JOB.hash, 1, {}, {}, run="run")
+    assert [charged.charge("c", "data", JOB, plan, request) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(BudgetExhausted, match=f"above the target {target}"):
+        charged.charge("c", "data", JOB, plan, request)
 
 
 def test_two_ledgers_on_one_folder_spend_one_budget(tmp_path: Path) -> None:

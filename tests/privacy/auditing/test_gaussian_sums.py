@@ -47,6 +47,7 @@ def test_the_separation_is_students() -> None:
     assert found.degrees_of_freedom == expected.df == 48
     # Means of 1 and 4 with deviations of 1 and 1 around them, by hand: 3 deviations over sqrt(2 / 2).
     by_hand = separation(np.array([0.0, 2.0, 3.0, 5.0]), np.array([False, False, True, True]))
+    assert chance(Separation(-100.0, 50, 50), Family(0.5, 4), 1.0) == 1.0
     assert (by_hand.t, by_hand.deviations) == (
         pytest.approx(3 / math.sqrt(2)),
         pytest.approx(3 / math.sqrt(2)),
@@ -141,6 +142,16 @@ def test_what_shows_nothing_proves_nothing_and_what_shows_all_a_finite_epsilon()
     for scores in (noise, noise - 5.0 * inside):
         found = lower_bound_by_sums(scores, inside, Family(1.0, 1), delta=DELTA, confidence=SURE)
         assert (found.epsilon, found.noise_multiplier) == (0.0, None)
+    # Also at a confidence at which the bound is wrong more often than not.
+    wrong_way = lower_bound_by_sums(noise - inside, inside, Family(1.0, 1), delta=DELTA, confidence=0.3)
+    assert (wrong_way.epsilon, wrong_way.noise_multiplier) == (0.0, None)
+    equal = np.array([1.0, 2.0, 1.0, 2.0]), np.array([True, True, False, False])
+    nothing = lower_bound_by_sums(*equal, Family(1.0, 1), delta=DELTA, confidence=0.3)
+    assert (nothing.epsilon, nothing.noise_multiplier, nothing.deviations) == (0.0, None, 0.0)
+    little = lower_bound_by_sums(
+        np.array([1.0, 2.0, 1.6, 2.6]), ~equal[1], Family(1.0, 1), delta=DELTA, confidence=0.5
+    )
+    assert little.deviations == pytest.approx(0.6 / math.sqrt(0.5)) and little.epsilon > 0
     plain = lower_bound_by_sums(inside.astype(float), inside, Family(1.0, 1), delta=DELTA, confidence=SURE)
     assert plain.epsilon == LARGEST and plain.to_json()["deviations"] is None
     with pytest.raises(ValueError, match="found 1 in and 2 out"):

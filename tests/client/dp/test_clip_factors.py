@@ -1,0 +1,69 @@
+"""The factors that clip the examples of heads, and what is told of a client: by hand, number by number."""
+
+import pytest
+import torch
+
+from atoll.client.dp.adaptive_norms import AdaptiveNorm, ClippingScales
+from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd, clip_factors
+from atoll.privacy.noise import seeded
+from atoll.protocol.messages import CHARGED_ROUNDS
+
+EVERY = torch.ones(1, 4)
+
+
+def private(clipping_norm: float, divisor: float = 1.0, **more: int) -> DpSgd:
+    return DpSgd(clipping_norm, 1.0, divisor, lambda client: seeded(1), charged=more)
+
+
+def gradients_of(norms: list[float]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """One client's examples: an input of one 1, and an error as long as the gradient is to be."""
+    inputs, error = torch.ones(1, len(norms), 1), torch.tensor(norms).view(1, -1, 1)
+    return [inputs, torch.zeros(1, len(norms), 1)], [error]
+
+
+def test_clipped_gradients_stay_under_the_norm_in_single_precision_too() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(3, 50, 7, generator=generator), torch.zeros(3, 50, 5)]
+    each = [torch.randn(3, 50, 5, generator=generator) * 10]
+    factors = clip_factors(values, each, torch.ones(3, 50), private(0.3))
+    clipped = (each[0] * factors[..., None]).double().norm(dim=2) * values[0].double().norm(dim=2)
+    assert float(clipped.max()) <= 0.3
+    assert float(clipped.min()) == pytest.approx(0.3 * CLIP_ROUNDING_MARGIN, rel=1e-6)
+    assert 1 - 2e-5 < CLIP_ROUNDING_MARGIN < 1
+
+
+def test_factors_clip_divide_and_leave_out_whoever_has_no_share() -> None:
+    values, each = gradients_of([0.1, 0.5, 2.0, 8.0])
+    factors = clip_factors(values, each, torch.tensor([[1.0, 2.0, 1.0, 0.0]]), private(1.0, 4.0))
+    assert factors.tolist() == [pytest.approx([0.25, 0.25, 0.125 * CLIP_ROUNDING_MARGIN, 0.0], rel=1e-6)]
+
+
+def test_an_example_that_is_not_finite_counts_as_zero_and_so_within_the_norm() -> None:
+    values, each = gradients_of([0.25, 2.0, float("nan"), float("inf")])
+    adaptive = AdaptiveNorm(0.5, 0.2, 1e-9, 4.0, lambda client: seeded(1))
+    scales = ClippingScales(adaptive, ["a"], 1)
+    factors = clip_factors(values, each, EVERY.clone(), private(0.5), scales)
+    assert factors[0, :2].tolist() == pytest.approx([1.0, 0.25 * CLIP_ROUNDING_MARGIN], rel=1e-6)
+    assert each[0][0, 2:].tolist() == [[0.0], [0.0]] and values[0][0, 2:].tolist() == [[0.0], [0.0]]
+    assert scales._counts == [(3, 4)]
+
+
+def test_a_scale_clips_at_so_many_times_the_norm_and_divides_by_it() -> None:
+    """At a scale of 4, gradients longer than 2 are clipped; what is sent is in units of the scale."""
+    values, each = gradients_of([1.0, 1.9, 2.1, 16.0])
+    adaptive = AdaptiveNorm(0.5, 0.2, 1e-9, 4.0, lambda client: seeded(1), begin={"a": 4.0})
+    scales = ClippingScales(adaptive, ["a"], 1)
+    factors = clip_factors(values, each, EVERY.clone(), private(0.5), scales)
+    margin = CLIP_ROUNDING_MARGIN
+    assert factors.tolist() == [pytest.approx([0.25, 0.25, 0.5 * margin / 2.1, 0.5 * margin / 16], rel=1e-6)]
+    assert scales._counts == [(2, 4)]
+
+
+def test_a_client_is_told_apart_by_its_charged_rounds_alone() -> None:
+    weights, states = private(1.0, a=3).public_fields(["a", "b"])
+    assert weights == (1, 1)
+    assert {name: state.tolist() for name, state in states.items()} == {
+        "train_loss.sum": [0.0, 0.0],
+        "train_loss.count": [0.0, 0.0],
+        CHARGED_ROUNDS: [3.0, 0.0],
+    }
