@@ -153,12 +153,19 @@ class Participant:
                 dealt[name] = self._sealed(name, seed_share + key_share)
         return dealt
 
+    def check_dealt(self) -> None:
+        """Raises SecureAggregationFailed before stage 2: what is sent before it can never be opened."""
+        if not self._keys:
+            raise SecureAggregationFailed("no shares were dealt yet in this round")
+
     def masked(self, dealt: Mapping[str, bytes], vector: Vector) -> Vector:
         """Stage 3: the vector under its masks, with all clients whose shares came.
 
         Raises:
-            SecureAggregationFailed: too few clients dealt shares, or a share was changed on its way.
+            SecureAggregationFailed: the client itself or too few others dealt shares, or a share was changed
+                on its way.
         """
+        self.check_dealt()
         if set(dealt) - (set(self._keys) - {self.name}) or len(dealt) + 1 < self.threshold:
             raise SecureAggregationFailed(f"{len(dealt) + 1} clients dealt shares, needed {self.threshold}")
         if len(self._shares) > 1:

@@ -102,6 +102,8 @@ class SecureAggregationSession:
             try:
                 is_masked = isinstance(request, MaskedSumRequest)
                 person = self._person(request, name) if is_masked else None
+                if person is not None:
+                    person.check_dealt()
                 threshold = request.threshold if person is None else person.threshold
                 vector = FixedPointCodec.of(dp_plan, numbers, threshold, random_bits).integers(
                     contribution.numpy()

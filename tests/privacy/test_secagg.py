@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atoll.privacy.secagg import (
+    KEY_BYTES,
+    PRIME,
+    SEALED_BYTES,
+    SHARE_BYTES,
     Participant,
     SecureAggregationFailed,
     Vector,
@@ -229,3 +233,65 @@ def test_masks_come_from_aes_in_counter_mode() -> None:
     # NIST SP 800-38A has no zero-counter vector for a zero key; AES-256 of the zero block is known.
     known = bytes.fromhex("dc95c078a2408989ad48a21492842087")
     assert mask_of(bytes(32), 2).astype("<u8").tobytes() == known
+
+
+def test_sizes_on_the_wire_are_what_is_sent() -> None:
+    """The server sets aside whoever sends another number of bytes."""
+    people = {name: Participant(name, CONTEXT) for name in ("a", "b", "c")}
+    keys = {name: person.advertise() for name, person in people.items()}
+    dealt = people["a"].deal(keys, 3)
+    assert {len(key) for key in keys.values()} == {KEY_BYTES}
+    assert {len(share) for share in shamir_split(bytes(32), 3, [1, 2])} == {SHARE_BYTES}
+    assert (PRIME.bit_length() + 7) // 8 == SHARE_BYTES
+    assert {len(sealed) for sealed in dealt.values()} == {SEALED_BYTES}
+
+
+def dealing(count: int) -> tuple[dict[str, Participant], dict[str, dict[str, bytes]]]:
+    """Clients that have dealt, and what was dealt to each."""
+    people = {f"c{i}": Participant(f"c{i}", CONTEXT) for i in range(count)}
+    keys = {name: person.advertise() for name, person in people.items()}
+    dealt = {name: person.deal(keys, least_threshold(count)) for name, person in people.items()}
+    return people, {
+        name: {other: shares[name] for other, shares in dealt.items() if other != name} for name in people
+    }
+
+
+def test_a_client_without_a_jobs_cohort_still_deals_with_no_small_threshold() -> None:
+    people = {name: Participant(name, CONTEXT) for name in ("a", "b", "c")}
+    keys = {name: person.advertise() for name, person in people.items()}
+    with pytest.raises(SecureAggregationFailed, match="threshold 2 of 3 clients, expected 3 to 3"):
+        people["a"].deal(keys, 2)
+
+
+def test_a_vector_is_sent_only_to_as_many_as_can_open_it_and_to_nobody_unknown() -> None:
+    nothing = np.zeros(4, dtype=np.uint64)
+    people, dealt = dealing(4)  # three of them can open a sum
+    for few in ({}, {"c1": dealt["c0"]["c1"]}):
+        with pytest.raises(SecureAggregationFailed, match=f"{len(few) + 1} clients dealt shares, needed 3"):
+            people["c0"].masked(few, nothing)
+    for stranger in ("c0", "c9"):
+        with pytest.raises(SecureAggregationFailed, match="5 clients dealt shares, needed 3"):
+            people["c0"].masked(dealt["c0"] | {stranger: dealt["c0"]["c1"]}, nothing)
+    people["c0"].masked({name: dealt["c0"][name] for name in ("c1", "c2")}, nothing)
+    with pytest.raises(SecureAggregationFailed, match="no shares were dealt"):
+        Participant("c0", CONTEXT).masked({}, nothing)
+
+
+@pytest.mark.parametrize("arrived", [["c0", "c1"], ["c1", "c2", "c3"], ["c0", "c1", "c2", "c9"], []])
+def test_a_list_of_survivors_has_the_client_itself_and_enough_who_dealt(arrived: list[str]) -> None:
+    people, dealt = dealing(4)
+    people["c0"].masked(dealt["c0"], np.zeros(4, dtype=np.uint64))
+    with pytest.raises(SecureAggregationFailed, match=f"{len(arrived)} vectors arrived, needed 3"):
+        people["c0"].confirm(arrived)
+    people["c0"].confirm(["c0", "c1", "c2"])
+
+
+def test_a_sum_is_opened_with_enough_vectors_and_enough_shares_alone() -> None:
+    exchange = Exchange(vectors(4))
+    exchange.run()
+    whole = exchange.masked, exchange.revealed
+    two = [dict(list(part.items())[:2]) for part in whole]
+    for masked, revealed in ((two[0], whole[1]), (whole[0], two[1])):
+        told = f"{len(masked)} vectors and {len(revealed)} revealed shares, needed 3 of each"
+        with pytest.raises(SecureAggregationFailed, match=told):
+            unmask_sum(exchange.keys, list(whole[0]), masked, revealed, 3, CONTEXT)

@@ -134,6 +134,18 @@ def test_a_site_that_was_started_anew_says_so_in_every_later_stage() -> None:
     )
 
 
+def test_a_vector_that_is_asked_for_before_shares_were_dealt_is_refused() -> None:
+    """Nor may its noise be a share of a threshold that nobody has set."""
+    promised = job(federation={"clients": 4}, privacy=PROMISE)
+    for setting in (PLAIN, promised):
+        session = SecureAggregationSession()
+        keys(session)
+        request = MaskedSumRequest(**origin(setting), tensors=MODEL, shares={})
+        values = [("a", torch.zeros(2 if setting is promised else 5, dtype=torch.float64))]
+        [reply] = session.encode_contributions(setting, request, values, {})
+        assert isinstance(reply, Failure) and reply.reason == "no shares were dealt yet in this round"
+
+
 def test_a_threshold_under_half_of_the_jobs_cohort_is_refused() -> None:
     session = SecureAggregationSession()
     public = {name: as_tensor(key) for name, key in keys(session).items()}
