@@ -1,11 +1,12 @@
-"""The factors that clip the examples of heads, and what is told of a client: by hand, number by number."""
+"""How heads are trained privately, and what is told of a client: by hand, number by number."""
 
 import pytest
 import torch
 
 from atoll.client.dp.adaptive_norms import AdaptiveNorm, ClippingScales
-from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd, clip_factors
-from atoll.privacy.noise import seeded
+from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd, StackedNoise, clip_factors, stacked_noise
+from atoll.client.heads.layers import Layers
+from atoll.privacy.noise import lattice_for, seeded
 from atoll.protocol.messages import CHARGED_ROUNDS
 
 EVERY = torch.ones(1, 4)
@@ -67,3 +68,49 @@ def test_a_client_is_told_apart_by_its_charged_rounds_alone() -> None:
         "train_loss.count": [0.0, 0.0],
         CHARGED_ROUNDS: [3.0, 0.0],
     }
+
+
+HEAD = {
+    "head.0.weight": torch.zeros(2, 3), "head.0.bias": torch.zeros(2),
+    "head.2.weight": torch.zeros(4, 2), "head.2.bias": torch.zeros(4),
+}  # fmt: skip
+SIZES = (("head.0.weight", (2, 3)), ("head.2.weight", (4, 2)), ("head.0.bias", (2,)), ("head.2.bias", (4,)))
+
+
+def test_each_step_and_client_has_noise_of_its_own_source_and_none_is_used_twice() -> None:
+    """Clients of unequal steps: who trains on after the others has noise in its last steps too."""
+    private = DpSgd(0.5, 2.0, 4.0, lambda client: seeded({"a": 1, "b": 2, "c": 3}[client]))
+    layers = Layers.of(HEAD)
+    steps = [("a", 3), ("b", 3), ("c", 1)]
+    noise = stacked_noise(layers, steps, private, "cpu")
+    assert [len(step) for step in noise] == [2, 2, 2]
+    assert [len(step[0].numbers) for step in noise] == [3, 2, 2]
+    for place, (client, count) in enumerate(steps):
+        lattice = lattice_for(2.0, 0.125, 20, seeded(place + 1))
+        drawn = torch.from_numpy(lattice.noise(20 * count)).view(count, 20)
+        for step in range(count):
+            assert {layer.granularity for layer in noise[step]} == {lattice.granularity}
+            found = layers.unstack([layer.numbers[place : place + 1] for layer in noise[step]])
+            laid_out = torch.cat([found[name].reshape(-1) for name, _ in SIZES])
+            assert torch.equal(laid_out, drawn[step]), (client, step)
+
+
+def test_one_source_for_all_gives_each_client_and_step_the_next_numbers() -> None:
+    """As the system's entropy is one: clients are drawn for in one go."""
+    source = seeded(4)
+    private = DpSgd(0.5, 2.0, 4.0, lambda client: source)
+    noise = stacked_noise(Layers.of(HEAD), [("a", 2), ("b", 1)], private, "cpu")
+    drawn = torch.from_numpy(lattice_for(2.0, 0.125, 20, seeded(4)).noise(60)).view(3, 20)
+    seen = [(0, 0), (1, 0), (0, 1)]  # (step, client) in the order of the draws
+    for (step, place), numbers in zip(seen, drawn, strict=True):
+        found = Layers.of(HEAD).unstack([layer.numbers[place : place + 1] for layer in noise[step]])
+        assert torch.equal(torch.cat([found[name].reshape(-1) for name, _ in SIZES]), numbers)
+    assert (
+        stacked_noise(Layers.of(HEAD), [("a", 2)], DpSgd(0.5, 0.0, 4.0, lambda client: source), "cpu") == []
+    )
+
+
+def test_a_gradient_is_rounded_to_the_grid_before_its_noise_is_added() -> None:
+    noise = StackedNoise(0.25, torch.tensor([[[1.0, -2.0]], [[8.0, 8.0]]], dtype=torch.float64))
+    added = noise.added(torch.tensor([[[0.3, 0.4]]]))
+    assert added.tolist() == [[[1.25, -1.5]]]
