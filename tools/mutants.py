@@ -204,7 +204,7 @@ def module_name(path: Path) -> str:
 
 
 def tests_of(name: str) -> list[str]:
-    """Test files that import the module, the quick ones first, of so many seconds in all."""
+    """The module's own test file, and others that import it, quick ones first, of so many seconds in all."""
     budgets: dict[str, float] = tomllib.loads((ROOT / "tests" / "budget.toml").read_text())["seconds"]
     parent, _, leaf = name.rpartition(".")
     imports = re.compile(
@@ -216,9 +216,10 @@ def tests_of(name: str) -> list[str]:
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
         if not federated & set(file.parts) and imports.search(file.read_text("utf-8"))
     ]
-    chosen: list[str] = []
+    own = [file for file in files if Path(file).stem == f"test_{leaf}"]
+    chosen = [f"tests/{file}" for file in own]
     seconds = 0.0
-    for file in sorted(files, key=lambda file: budgets.get(file, 1.0)):
+    for file in sorted(set(files) - {*own}, key=lambda file: (budgets.get(file, 1.0), file)):
         seconds += budgets.get(file, 1.0)
         if f"tests/{file}" != WATCHDOGS[0] and (seconds <= TESTS_SECONDS or not chosen):
             chosen.append(f"tests/{file}")
