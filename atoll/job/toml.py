@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LARGEST = 64 * 2**20
 """The most bytes of a job file; a million class names take 14 MiB."""
 YAML = (".yaml", ".yml")
+ENDINGS = (".toml", *YAML)
 
 
 def read_job(path: Path) -> dict[str, Any]:
@@ -47,6 +48,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
 
 
+def _nearby(path: Path) -> str:
+    """The end of a line about a file that isn't there: a job beside it that must be meant, if one is."""
+    there = sorted(str(other.name) for ending in ENDINGS for other in path.parent.glob(f"*{ending}"))
+    nothing = "nothing near"
+    lines = (did_you_mean(name, there, otherwise=nothing) for name in (path.name, f"{path.name}.toml"))
+    return next((f", {line}" for line in lines if line != nothing), "")
+
+
 def _text(path: Path, kind: str) -> str:
     """The content of a regular file of at most `LARGEST` bytes; a FIFO or a device is never opened."""
     try:
@@ -61,7 +70,7 @@ def _text(path: Path, kind: str) -> str:
             )
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: no such file{_nearby(path)}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:

@@ -43,6 +43,10 @@ def complaint(path: Path, *overrides: str) -> str:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:  # row 1
     assert complaint(tmp_path / "none.toml").endswith("none.toml: no such file")
+    (tmp_path / "bbc-news.toml").write_text("")
+    for name in ("bbc-new.toml", "bbc-news", "bbc-news.yaml", "bbc_news.toml"):
+        assert complaint(tmp_path / name).endswith(f"{name}: no such file, did you mean 'bbc-news.toml'?")
+    assert complaint(tmp_path / "other" / "bbc-new.toml").endswith("bbc-new.toml: no such file")
 
 
 def test_a_folder_is_no_job(tmp_path: Path) -> None:  # row 2
