@@ -246,6 +246,27 @@ def test_a_likelihood_ratio_is_that_of_the_fitted_gaussians() -> None:
     np.testing.assert_allclose(log_ratios(scores, shadows, inside), expected)
 
 
+def test_a_canary_that_no_shadow_run_had_is_judged_by_the_mean_of_all() -> None:
+    """The third was in no run, the fourth in every one: what is missing of them is the others' mean."""
+    shadows = np.array([[1.0, 5.0, 9.0, 4.0], [3.0, 7.0, 7.0, 6.0], [0.0, 1.0, 8.0, 2.0]])
+    inside = np.array([[True, True, False, True], [True, True, False, True], [False, False, False, True]])
+    means_in, means_out = [2, 6, 28 / 7, 4], [0, 1, 8, 25 / 5]
+    spread_in = math.sqrt((1 + 1 + 1 + 1 + 0 + 4 + 4) / (1 + 1 + 2))
+    spread_out = math.sqrt((1 + 1 + 0) / 2)
+    scores = np.array([2.5, 2.0, 3.0, 1.0])
+    expected = norm.logpdf(scores, means_in, spread_in) - norm.logpdf(scores, means_out, spread_out)
+    np.testing.assert_allclose(log_ratios(scores, shadows, inside), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e9])
+def test_shadows_that_are_all_alike_give_a_finite_ratio_or_none(value: float) -> None:
+    shadows, inside = np.full((4, 3), value), np.arange(12).reshape(4, 3) % 2 == 0
+    ratios = log_ratios(np.full(3, value), shadows, inside)
+    assert ratios.tolist() == [0.0, 0.0, 0.0]
+    nobody = log_ratios(np.full(3, value), shadows, np.zeros((4, 3), dtype=bool))
+    assert np.isfinite(nobody).all()
+
+
 def test_shadows_tell_members_from_others_where_a_plain_score_does_not() -> None:
     """Every canary has its own level: only shadows know it."""
     generator = np.random.default_rng(8)
