@@ -11,9 +11,21 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from atoll.client.dp import dp_sgd_model
+from atoll.client.dp import dp_sgd_model, mixed_examples
 from atoll.client.dp.dp_sgd_model import hooks_suffice_for
 from atoll.client.dp.example_draws import example_numbers
+from atoll.client.dp.mixed_examples import (
+    BATCHES,
+    MEMBERS,
+    TOLERANCE,
+    _compare,
+    _difference,
+    _Probe,
+    changed,
+    mixing_layers,
+    refuse_mixed_examples,
+    refuse_mixing_layers,
+)
 from atoll.client.dp.per_example_gradients import per_example_gradients
 from atoll.client.dp.private_examples import PrivateExamples
 from atoll.errors import ConfigError
@@ -207,3 +219,128 @@ def test_a_draw_that_all_share_is_refused_for_a_single_example_too(
     assert torch.equal(found[0], shard.targets_of(passing)) and found[1].shape == (len(passing), 3)
     with pytest.raises(ConfigError, match=r"draws \[1, 3\] numbers"):
         examples.passed(lambda batch, targets: torch.rand(1, 3), rows)
+
+
+def test_every_position_of_a_batch_holds_a_clients_example_and_batches_differ_in_size() -> None:
+    own = set(range(MEMBERS // 2))
+    for place in range(MEMBERS):
+        assert any(len(batch) > place and batch[place] in own for batch in BATCHES), place
+    assert {len(batch) for batch in BATCHES} == {2, 3, 5, 8}
+    assert all(own & set(batch) and set(batch) <= set(range(MEMBERS)) for batch in BATCHES)
+    assert sorted(BATCHES[0]) == list(range(MEMBERS))
+
+
+def test_other_inputs_are_other_and_only_where_they_are_to_be() -> None:
+    batch = {
+        "x": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+        "input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]),
+    }
+    other = changed(batch, [1])
+    assert other["x"].tolist() == [[1, 2, 3], [7, 6, 5]]
+    assert other["input_ids"].tolist() == [[1, 2, 3], [6, 5, 4]]
+    assert other["attention_mask"].tolist() == batch["attention_mask"].tolist()
+    assert batch["x"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert changed(batch, [])["x"].tolist() == batch["x"].tolist()
+
+
+ONE = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0]), "loss": torch.tensor(1.0)}
+
+
+def test_a_difference_is_relative_to_the_length_of_all_tensors_together() -> None:
+    """3, 4 and 12 are 13 long."""
+    moved = ONE | {"b": torch.tensor([12.0 + 0.026])}
+    assert _difference(ONE, ONE, {"a", "b"}) == 0.0
+    assert _difference(ONE, moved, {"a", "b"}) == pytest.approx(0.002, rel=1e-4)
+    assert _difference(ONE, moved, {"a"}) == 0.0
+    both = {"a": torch.tensor([3.03, 4.04]), "b": torch.tensor([12.0])}
+    assert _difference(ONE, both, {"a", "b"}) == pytest.approx(0.05 / 13, rel=1e-4)
+    nothing = {name: torch.zeros_like(t) for name, t in ONE.items()}
+    tiny = nothing | {"b": torch.tensor([1e-9])}
+    assert _difference(nothing, tiny, {"a", "b"}) == pytest.approx(1e-3, rel=1e-4)
+    for odd in (float("nan"), float("inf")):
+        unsound = ONE | {"a": torch.tensor([odd, 4.0])}
+        assert _difference(ONE, unsound, {"a", "b"}) == _difference(unsound, ONE, {"a", "b"}) == 0.0
+        assert _difference(ONE, unsound, {"b"}) == 0.0
+
+
+@pytest.mark.parametrize("name", ["loss", "b"])
+def test_what_moves_by_more_than_rounding_is_refused_by_what_it_is(name: str) -> None:
+    learner = learner_of(Around())
+    size = {"loss": 1.0, "b": 13.0}[name]
+    for by, refused in ((0.5, False), (1.5, True)):
+        moved = ONE | {name: ONE[name] + by * TOLERANCE * size}
+        if not refused:
+            _compare(learner, {0: ONE, 1: ONE}, {0: ONE, 1: moved}, "in another batch, of 3 examples")
+            continue
+        what = "loss" if name == "loss" else "gradient"
+        told = f"the {what} of an example is another one in another batch, of 3 examples"
+        with pytest.raises(ConfigError, match=told):
+            _compare(learner, {0: ONE, 1: ONE}, {0: ONE, 1: moved}, "in another batch, of 3 examples")
+
+
+def test_a_probe_has_examples_of_the_whole_shard_and_as_many_changed_ones() -> None:
+    probe = _Probe.of(learner_of(Around()), shard_of(9))
+    assert probe.rows == [0, 3, 5, 8, 0, 3, 5, 8]
+    assert _Probe.of(learner_of(Around()), shard_of(1)).rows == [0] * 8
+
+
+def test_a_probe_tells_of_the_clients_own_examples_alone() -> None:
+    learner, shard = learner_of(Around()), shard_of(9)
+    probe = _Probe.of(learner, shard)
+    asked: list[Any] = []
+
+    def gradients(batch: Any, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        asked.append((batch["x"].clone(), targets.clone()))
+        return {"w": batch["x"].sum(1)}
+
+    seen = probe.seen(gradients, (5, 0, 3, 7))
+    assert sorted(seen) == [0, 3]
+    x, targets = asked[0]
+    plain = learner.batch(shard, [3, 0, 8, 8])["x"]
+    assert torch.equal(x[1:3], plain[1:3]) and torch.equal(x[0], plain[0].flip(-1) + 1)
+    assert torch.equal(x[3], plain[3].flip(-1) + 1)
+    assert torch.equal(targets, shard.targets_of([3, 0, 8, 8]))
+    with torch.no_grad():
+        outputs = learner.model({"x": plain})
+    for member, place in ((0, 1), (3, 2)):
+        assert float(seen[member]["w"]) == pytest.approx(float(plain[place].sum()))
+        loss = nn.functional.cross_entropy(outputs[place : place + 1], targets[place : place + 1])
+        assert float(seen[member]["loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_memory_that_is_short_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, shard = learner_of(Around()), shard_of(9)
+
+    def fail(error: Exception) -> Any:
+        def look(*given: Any, **named: Any) -> None:
+            raise error
+
+        return look
+
+    monkeypatch.setattr(mixed_examples, "_look", fail(torch.OutOfMemoryError("no room")))
+    with pytest.raises(torch.OutOfMemoryError):
+        refuse_mixed_examples(learner, shard, hooks=False)
+    monkeypatch.setattr(mixed_examples, "_look", fail(RuntimeError("vmap: no rule\nfor this")))
+    with pytest.raises(ConfigError, match=r"example by example \(vmap: no rule\), so that"):
+        refuse_mixed_examples(learner, shard, hooks=False)
+
+
+class ByHalves(nn.Module):
+    """Gives its first output rows as they are, and others that depend on the whole batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:1], x[1:] - x.mean()])
+
+
+def test_layers_are_compared_by_their_first_row_and_named_innermost_first() -> None:
+    batch = {"x": torch.arange(35.0).view(5, 7) / 10}
+    assert mixing_layers(Around(nn.Identity()), batch) == []
+    assert mixing_layers(Around(ByHalves()), batch) == []
+    nested = Around(nn.Sequential(nn.Identity(), CentresLargeBatches()))
+    assert mixing_layers(nested, batch) == ["middle.1"]
+    assert not [m for m in nested.modules() if m._forward_hooks]
+    learner = learner_of(nested)
+    with pytest.raises(ConfigError, match=r"layer middle\.1 mixes the examples of a batch"):
+        refuse_mixing_layers(learner, {"x": batch["x"][:2]})
+    refuse_mixing_layers(learner_of(Around()), {"x": batch["x"][:2]})
