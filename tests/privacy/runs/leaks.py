@@ -9,6 +9,7 @@ only if, it is equal byte for byte on both data sets; and the kept sums may diff
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections import defaultdict
@@ -49,6 +50,7 @@ from atoll.server.roster import ClientRoster
 from atoll.server.run.run_job import run_job
 from atoll.strategies.private_closed_form import SENSITIVITY
 from tests.privacy.detectors import Detected, check_silence
+from tests.privacy.runs.record_neighbours import CLIENTS
 from tests.support.small import believing
 
 Vector = NDArray[np.float64]
@@ -240,11 +242,34 @@ def charged_in(books: Path) -> dict[str, int]:
 
 
 def check_claim(leaving: Leaving) -> None:
-    """Raises Detected where the run claims fewer releases than its clients were charged for."""
+    """Raises Detected where the run claims other releases than its ledgers hold, or than got noise."""
     claims = leaving.files.get("result.json", {}).get("privacy", {}).get("units", {})
     for unit, charged in leaving.charged.items():
         if unit in claims and claims[unit]["releases"] != charged:
             raise Detected(f"{claims[unit]['releases']} releases are claimed, the ledgers have {charged}")
+    for unit, claim in claims.items():
+        seen = releases_seen(leaving, claim)
+        if claim["releases"] != seen:
+            raise Detected(f"{unit}: {claim['releases']} releases are claimed, {seen} sums got noise")
+
+
+def releases_seen(leaving: Leaving, claim: Mapping[str, Any]) -> int:
+    """How many sums got noise: at the server, in all, and at clients, the most of any client.
+
+    Statistics, and integers for a secure sum, are noised without a client's name: each client has as many.
+    """
+    by_lattice = len(leaving.sums.get(("server",), ()))
+    if claim["where"] == "server":
+        return by_lattice
+    if claim["where"] == "distributed":
+        return len(leaving.sums.get(("sum",), ())) // len(CLIENTS)
+    if "sums_of_features" in claim:
+        return math.ceil(by_lattice / len(CLIENTS))
+    tensors: dict[tuple[str, str], int] = defaultdict(int)
+    for place, vectors in leaving.sums.items():
+        if len(place) > 1:  # by tensor, or by step and tensor
+            tensors[place[0], place[-1]] += len(vectors)
+    return max(tensors.values(), default=0)
 
 
 def files_of(out: Path) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import atoll.client.dp.dp_sgd_model
+import atoll.client.site
 import atoll.server.run.privacy_report
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.job.job import Job
@@ -215,6 +217,18 @@ def charges_are_not_told(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(atoll.server.run.privacy_report, "_most_asked", lambda run: 0)
 
 
+def a_step_more_than_charged(patch: pytest.MonkeyPatch) -> None:
+    made = atoll.client.site.private_training
+
+    def longer(*given: Any) -> DpSgd:
+        private = made(*given)
+        draw = private.draw
+        assert draw is not None
+        return replace(private, draw=lambda client, numbers: [*draw(client, numbers), np.arange(1)])
+
+    patch.setattr(atoll.client.site, "private_training", longer)
+
+
 MIXED = (atoll.client.dp.dp_sgd_model, "refuse_mixed_examples", lambda *given, **more: None)
 EXAMPLE = {"promise": "example, client", "tune.method": "full"}
 VARIED = {"task": "image-classification", "train.augment": ["crop"]}
@@ -238,6 +252,7 @@ PUT_BACK: dict[str, tuple[Row, Any]] = {
         EXAMPLE | {"task": "text-classification", "federation.secure_aggregation": True},
         charges_are_not_told,
     ),
+    "a step more than charged": (EXAMPLE | {"task": "text-classification"}, a_step_more_than_charged),
     "losses": (EXAMPLE | {"task": "text-classification"}, losses_are_told),
 }  # fmt: skip
 
