@@ -227,6 +227,8 @@ def test_rates_and_area_are_those_of_the_roc_curve() -> None:
     assert rate_at(scores, inside, 0.25) == 0.75
     assert rate_at(scores, inside, 0.0) == 0.5
     assert rate_at(scores, inside, 1.0) == 1.0
+    # A score that is as high as the threshold isn't above it.
+    assert rate_at(np.array([1.0, 2.0, 2.0, 3.0]), np.arange(4) >= 2, 0.0) == 0.5
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 10), (3, 10), (10, 10), (57, 400)])
