@@ -285,6 +285,27 @@ def test_shadows_tell_members_from_others_where_a_plain_score_does_not() -> None
     assert 0.86 < area(ratios, inside) < 0.95
 
 
+@pytest.mark.parametrize("delta", [0.0, 0.01])
+def test_epsilon_of_the_rates_is_that_of_the_exact_bounds_at_a_corrected_confidence(delta: float) -> None:
+    """Of 100 canaries in and 200 out; nine thresholds with two sides and two rates each share the doubt."""
+    inside = np.arange(300) < 100
+    for right, wrong, expected_side in ((90, 20, "in"), (60, 2, "in"), (99, 120, "out")):
+        told = np.concatenate([np.arange(100) < right, np.arange(200) < wrong])
+        scores = np.where(told, 0.5, -0.5)
+        doubt = (1 - 0.95) / (2 * 2 * 9)
+        sides = {}
+        for side, hits, n, others, m in (
+            ("in", right, 100, wrong, 200), ("out", 200 - wrong, 200, 100 - right, 100),
+        ):  # fmt: skip
+            low = binomtest(hits, n).proportion_ci(1 - 2 * doubt, method="exact").low
+            high = binomtest(others, m).proportion_ci(1 - 2 * doubt, method="exact").high
+            sides[side] = math.log(max((low - delta) / high, 1.0))
+        assert max(sides, key=lambda side: sides[side]) == expected_side
+        found = epsilon_of_rates(scores, inside, delta=delta, confidence=0.95)
+        assert found == pytest.approx(sides[expected_side], abs=1e-6) and found > 0
+    assert epsilon_of_rates(np.zeros(300), inside, delta=delta, confidence=0.95) == 0.0
+
+
 def test_epsilon_of_the_rates_holds_for_randomized_response() -> None:
     generator, found = np.random.default_rng(4), []
     for _ in range(100):
