@@ -3,12 +3,26 @@
 import math
 import os
 from bisect import bisect_left
+from statistics import NormalDist
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.special import ndtr
 
-from atoll.privacy.accounting import Release, calibrate, compose, epsilon, epsilon_rdp, within
+from atoll.privacy.accounting import (
+    LEAST_NOISE,
+    Release,
+    _sane,
+    calibrate,
+    compose,
+    epsilon,
+    epsilon_rdp,
+    profile,
+    within,
+)
 
 TABLE = [
     # noise multiplier, sampling rate, releases, delta, epsilon by PLD on a refined grid
@@ -104,6 +118,119 @@ def test_nothing_spent_is_zero_and_a_vacuous_guarantee_is_infinite() -> None:
     assert epsilon({Release(0.01, 1.0): 10_000}, 1e-5) == math.inf
 
 
+def test_a_release_with_next_to_no_noise_is_within_no_budget_whatever_else_was_spent() -> None:
+    loud, quiet = Release(LEAST_NOISE * 0.99, 1.0), Release(100.0, 1.0)
+    assert within({}, 1e-5, 0.1) and within({quiet: 1}, 1e-5, 1.0)
+    for spent in ({loud: 1}, {loud: 1, quiet: 1}):
+        assert not within(spent, 1e-5, 1e9)
+        assert epsilon(spent, 1e-5) == math.inf
+    assert math.isfinite(epsilon({Release(LEAST_NOISE, 1.0): 1}, 1e-5))
+    assert within({Release(LEAST_NOISE, 1.0): 1}, 1e-5, 1e4) and not within({quiet: 1}, 1e-5, 1e-9)
+
+
+def test_releases_that_were_made_no_times_cost_nothing() -> None:
+    spent = {Release(1.0, 0.1): 20, Release(0.5, 1.0): 0, Release(0.001, 0.3): 0}
+    assert epsilon(spent, 1e-5) == epsilon({Release(1.0, 0.1): 20}, 1e-5)
+    assert epsilon({Release(0.5, 1.0): 0}, 1e-5) == 0.0
+
+
+def test_releases_without_sampling_cost_as_one_of_their_squares() -> None:
+    """Dong, Roth and Su 2022: mu adds up by squares; beside sampled ones too."""
+    several = {Release(2.0, 1.0): 3, Release(4.0, 1.0): 5}
+    as_one = {Release((3 / 4 + 5 / 16) ** -0.5, 1.0): 1}
+    assert epsilon(several, 1e-5) == pytest.approx(epsilon(as_one, 1e-5), rel=1e-9)
+    sampled = {Release(1.0, 0.1): 10}
+    assert epsilon(several | sampled, 1e-5) == pytest.approx(epsilon(as_one | sampled, 1e-5), rel=1e-9)
+    assert epsilon({Release(2.0, 1.0): 4}, 1e-5) == pytest.approx(
+        epsilon({Release(1.0, 1.0): 1}, 1e-5), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("relation", ["add-or-remove-one", "replace-one"])
+def test_both_relations_are_dp_accountings_own(relation: Any) -> None:
+    """One that is replaced moves the sum twice as far."""
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    kind = {
+        "add-or-remove-one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "replace-one": dp_accounting.NeighboringRelation.REPLACE_ONE,
+    }[relation]
+    spent, event = {Release(3.0, 1.0): 2}, dp_accounting.GaussianDpEvent(3.0)
+    for ask, accountant in (
+        (epsilon, PLDAccountant(kind, 1e-3)),
+        (epsilon_rdp, RdpAccountant(neighboring_relation=kind)),
+    ):
+        accountant.compose(event, 2)
+        assert ask(spent, 1e-5, relation) == pytest.approx(accountant.get_epsilon(1e-5), rel=5e-3)
+    assert epsilon(spent, 1e-5, "replace-one") > 1.9 * epsilon(spent, 1e-5)
+
+
+def test_a_profile_has_a_delta_for_each_epsilon_which_falls() -> None:
+    """Balle and Wang 2018, theorem 8, of one release of noise 2."""
+    epsilons = [0.0, 0.5, 1.0, 2.0]
+    found = profile({Release(2.0, 1.0): 1}, epsilons)
+    cdf = NormalDist().cdf
+    expected = [cdf(0.25 - 2 * e) - math.exp(e) * cdf(-0.25 - 2 * e) for e in epsilons]
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-6) and found == sorted(found, reverse=True)
+    twice = profile({Release(2.0, 1.0): 2}, epsilons)
+    assert all(more > less for more, less in zip(twice, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("value", "sane"),
+    [
+        (-1.0, 0.0),
+        (0.0, 0.0),
+        (3.5, 3.5),
+        (9999.0, 9999.0),
+        (1e4, math.inf),
+        (math.inf, math.inf),
+        (math.nan, math.inf),
+    ],
+)
+def test_an_epsilon_is_a_number_from_zero_or_infinite(value: float, sane: float) -> None:
+    assert _sane(value) == sane
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.inf, math.nan])
+def test_a_target_that_is_none_is_refused(target: float) -> None:
+    with pytest.raises(ValueError, match="target epsilon must be finite and > 0"):
+        calibrate(target, delta=1e-5, sampling_rate=1.0, releases=1)
+
+
+@pytest.mark.parametrize(("target", "releases"), [(0.01, 1), (0.1, 7), (1.0, 50), (20.0, 3), (200.0, 40)])
+def test_without_sampling_calibrated_noise_is_that_of_the_closed_form(target: float, releases: int) -> None:
+    """To a tenth of a per cent, and never too little."""
+    found = calibrate(target, delta=1e-5, sampling_rate=1.0, releases=releases)
+
+    def delta(noise: float) -> float:
+        mu = math.sqrt(releases) / noise
+        return float(ndtr(mu / 2 - target / mu) - math.exp(target) * ndtr(-mu / 2 - target / mu))
+
+    assert delta(found) <= 1e-5 * (1 + 1e-6)
+    assert delta(found / 1.003) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("noise", "releases"), [(81.356, 7), (86.6, 7), (243.8, 1), (26.38, 50), (3.0, 2), (0.5, 3)]
+)
+def test_grids_that_agree_by_chance_or_are_worse_when_finer_mislead_nobody(
+    noise: float, releases: int
+) -> None:
+    """Of 0.1 at 81 and 7 releases grids a tenth and three hundredths wide make 0.1 and 0.11."""
+    mu = math.sqrt(releases) / noise
+    exact = brentq(lambda e: ndtr(mu / 2 - e / mu) - math.exp(e) * ndtr(-mu / 2 - e / mu) - 1e-5, 0, 100)
+    assert exact <= epsilon({Release(noise, 1.0): releases}, 1e-5) * (1 + 1e-9) <= exact * 1.0015
+
+
+def test_a_target_that_no_noise_reaches_and_one_that_the_least_noise_keeps() -> None:
+    with pytest.raises(ValueError, match="no noise multiplier below 1e6 reaches epsilon 1e-09"):
+        calibrate(1e-9, delta=1e-12, sampling_rate=1.0, releases=1)
+    assert calibrate(9000.0, delta=1e-5, sampling_rate=1.0, releases=1) == LEAST_NOISE
+
+
 @pytest.mark.parametrize("noise", [0.0, -1.0, math.nan, math.inf])
 def test_a_release_without_proper_noise_cannot_be_written_down(noise: float) -> None:
     with pytest.raises(ValueError, match="noise_multiplier must be finite and > 0"):
@@ -118,8 +245,16 @@ def test_a_sampling_rate_outside_0_to_1_is_refused(rate: float) -> None:
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
 def test_a_delta_outside_0_to_1_is_refused(delta: float) -> None:
-    with pytest.raises(ValueError, match="delta must be in"):
-        epsilon({Release(1.0, 0.1): 1}, delta)
+    spent = {Release(1.0, 0.1): 1}
+    for ask in (
+        lambda: epsilon(spent, delta),
+        lambda: epsilon_rdp(spent, delta),
+        lambda: within(spent, delta, 1e9),
+        lambda: within({}, delta, 1.0),
+        lambda: calibrate(1.0, delta=delta, sampling_rate=0.1, releases=1),
+    ):
+        with pytest.raises(ValueError, match="delta must be in"):
+            ask()
 
 
 @pytest.mark.slow
