@@ -172,6 +172,42 @@ def test_what_f_dp_refutes_is_unlikely_for_the_mechanism_itself(count: int) -> N
     assert not refutes(Guesses(count, count, count), gaussian_inverse(100.0), 0.95)
 
 
+def slow_refutes(guesses: Guesses, inverse: Inverse, confidence: float) -> bool:
+    """Mahloujifar et al. 2024, algorithm 1, as it is written: r and h by index, from the top down."""
+    m, k, c, tau = guesses.canaries, guesses.made, guesses.right, 1 - confidence
+    h, r = [0.0] * (c + 1), [0.0] * (c + 1)
+    r[c], h[c] = tau * c / m, tau * (k - c) / m
+    for i in range(c - 1, -1, -1):
+        h[i] = max(h[i + 1], inverse(r[i + 1]))
+        r[i] = r[i + 1] + i / (k - i) * (h[i] - h[i + 1])
+    return any(one + other > k / m for one, other in zip(r[:-1], h[:-1], strict=True))
+
+
+@pytest.mark.parametrize(
+    "inverse", [gaussian_inverse(0.3), gaussian_inverse(2.0), profile_inverse([0.5], [0.01])]
+)
+def test_guesses_are_refuted_where_the_recursion_as_written_refutes_them(inverse: Inverse) -> None:
+    seen = set()
+    for canaries, made in ((1, 1), (4, 3), (6, 6), (12, 8), (40, 25)):
+        for right in range(made + 1):
+            for confidence in (0.3, 0.6, 0.9, 0.99):
+                guesses = Guesses(canaries, made, right)
+                expected = slow_refutes(guesses, inverse, confidence)
+                assert refutes(guesses, inverse, confidence) == expected, (guesses, confidence)
+                seen.add(expected)
+    assert seen == {False, True}
+
+
+def test_a_family_without_sampling_is_exact_and_its_most_noise_tells_next_to_nothing() -> None:
+    family = Family(1.0, 100)
+    assert family.most_noise == 2000.0  # mu is 10 / 2000
+    assert family.curve(5.0)(0.3) == gaussian_inverse(2.0)(0.3)
+    assert family.epsilon(5.0, 1e-5) == gaussian_epsilon(2.0, 1e-5)
+    assert family.epsilon(family.most_noise, 1e-5) == pytest.approx(gaussian_epsilon(0.005, 1e-5))
+    assert gaussian_epsilon(0.005, 1e-5) < 0.02
+    assert Family(0.25, 100).spent(2.0) == {Release(2.0, 0.25): 100}
+
+
 def gaussian_scores(
     count: int, noise: float, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
