@@ -51,7 +51,7 @@ from atoll.protocol.requests import (
     origin_of,
 )
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.validation import MAX_CHARGED, STATES, ValidatedUpdates
+from atoll.server.rounds.validation import MAX_CHARGED, NUMBERS, STATES, ValidatedUpdates
 
 Ask = Callable[[SumRequest, Sequence[str]], Sequence[Reply]]
 """Sends a request to clients and waits for their replies."""
@@ -213,7 +213,8 @@ class SecureRound:
                 continue
             if charges_clients(self.job):
                 charged = content.get(CHARGED_ROUNDS, torch.zeros(()))
-                if charged.shape != () or not 1 <= float(charged) <= MAX_CHARGED:
+                is_one = charged.dtype in NUMBERS and charged.shape == ()
+                if not is_one or not 1 <= float(charged) <= MAX_CHARGED:
                     self.aside[name] = "it does not tell how many rounds its ledger was charged"
                     continue
                 self.charged_rounds = max(self.charged_rounds, int(charged))

@@ -30,6 +30,8 @@ from atoll.strategies.options import clusters_of, trusted_client
 STATES = {"train_loss.sum", "train_loss.count"}
 SOMETIMES = {CHARGED_ROUNDS, CLUSTER, LOCAL_STEPS, RECEIVED_LOSS}
 """States that updates have only where a promise of privacy or the strategy requires them."""
+NUMBERS = {torch.float64, torch.float32, torch.int64}
+"""The valid dtypes of a state: of others, such as complex numbers, not everything here can be asked."""
 RANGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     CHARGED_ROUNDS: (
         "a whole number from 1 to 1000000",
@@ -218,6 +220,7 @@ def validate_stacked(
         and _are_stacks_of(whole.delta, model)
         and _are_stacks_of(whole.strategy_tensors, sent)
         and all(_fewest(blind) <= n <= MAX_EXAMPLES for n in whole.num_examples)
+        and all(state.dtype in NUMBERS for state in whole.states.values())
     )
     if as_expected and (blind or _values_are_sound(whole)):
         return ValidatedUpdates(whole, {})
@@ -315,7 +318,7 @@ def _states_fault(states: Tensors, *, blind: bool) -> str | None:
     if set(states) - SOMETIMES != STATES:
         return f"metric states: expected train_loss.sum and train_loss.count, found {sorted(states)[:5]}"
     for name, value in states.items():
-        if value.shape != () or not (blind or torch.isfinite(value)):
+        if value.dtype not in NUMBERS or value.shape != () or not (blind or torch.isfinite(value)):
             return f"metric state {name} is not one finite number"
         expected, fits = RANGES.get(name, ("", None))
         if fits is not None and not fits(value):

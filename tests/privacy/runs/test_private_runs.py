@@ -17,7 +17,7 @@ from atoll.kit.kit import Budget
 from atoll.privacy.accounting import Release, epsilon
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
-from atoll.protocol.messages import Failure, Reply, Update
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, SecureMessage, Update
 from atoll.protocol.requests import (
     EvaluateRequest,
     ModelRequest,
@@ -179,6 +179,36 @@ def test_a_secure_sum_of_updates_with_their_own_noise_tells_what_they_cost(
     result = run_job(setting, carrier, out, cached_test_set(population, None), report=False)
     assert result.privacy["releases"] == 4 * 4
     assert result.privacy["epsilon"] == epsilon({Release(0.8, 0.25): 16}, 1e-4)
+
+
+class Twisted(InlineTransport):
+    """One client tells no charge in its part of a secure sum, or none that is a number of rounds."""
+
+    told: torch.Tensor | None = None
+
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+        for reply in super().send_and_receive(request, names, timeout):
+            if isinstance(reply, SecureMessage) and reply.client == "client-0000":
+                content = {n: t for n, t in reply.content.items() if n != CHARGED_ROUNDS}
+                other = {} if self.told is None else {CHARGED_ROUNDS: self.told}
+                reply = SecureMessage(reply.client, reply.round, content | other)
+            yield reply
+
+
+@pytest.mark.parametrize(
+    "told", [None, torch.tensor(0.0), torch.ones(2), torch.tensor(float("nan")), torch.tensor(2j)], ids=str
+)
+def test_a_part_of_a_secure_sum_that_tells_no_charge_is_left_out(
+    told: torch.Tensor | None, tmp_path: Path
+) -> None:
+    setting = job(EXAMPLE, federation={"secure_aggregation": True, "cohort": 6, "rounds": 1})
+    population, out = Population.of(setting), tmp_path / "run"
+    carrier = Twisted.of(population, ledgers=PrivacyLedgers(out / "ledgers"))
+    carrier.told = told
+    result = run_job(setting, carrier, out, cached_test_set(population, None), report=False)
+    why = "it does not tell how many rounds its ledger was charged"
+    assert result.rounds[0]["set_aside"] == {"client-0000": why}
+    assert result.rounds[0]["trained"] == 5 and result.privacy["releases"] == 4
 
 
 class Unheard(InlineTransport):

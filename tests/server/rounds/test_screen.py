@@ -59,6 +59,16 @@ BAD = {
         update(states={**STATES, RECEIVED_LOSS: torch.tensor(-1.0)}),
         "expected at least 0, found -1",
     ),
+    "complex state": (
+        update(states={**STATES, "train_loss.sum": torch.tensor(1j)}),
+        "train_loss.sum is not one finite number",
+    ),
+    "complex steps": (update(states={**STATES, LOCAL_STEPS: torch.tensor(1 + 0j)}), "not one finite number"),
+    "bool rounds": (update(states={**STATES, CHARGED_ROUNDS: torch.tensor(True)}), "not one finite number"),
+    "tiny floats": (
+        update(states={**STATES, RECEIVED_LOSS: torch.tensor(1.0).to(torch.float8_e4m3fn)}),
+        "not one finite number",
+    ),
     "failure": (Failure("a", "disk full"), "disk full"),
     "measurement": (Measurement("a", 4, 3, {}), "sent a measurement"),
 }
