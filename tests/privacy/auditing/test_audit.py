@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from atoll.privacy.accounting import Release, epsilon, profile
 from atoll.privacy.auditing.epsilon_bounds import (
+    GAUSSIAN,
     Family,
     Guesses,
     Inverse,
@@ -206,6 +207,17 @@ def test_a_family_without_sampling_is_exact_and_its_most_noise_tells_next_to_not
     assert family.epsilon(family.most_noise, 1e-5) == pytest.approx(gaussian_epsilon(0.005, 1e-5))
     assert gaussian_epsilon(0.005, 1e-5) < 0.02
     assert Family(0.25, 100).spent(2.0) == {Release(2.0, 0.25): 100}
+
+
+def test_guesses_that_are_no_better_than_coins_prove_exactly_nothing() -> None:
+    for right, confidence in ((50, 0.05), (45, 0.05), (55, 0.95)):
+        guesses = Guesses(100, 100, right)
+        assert lower_bound_in_family(guesses, GAUSSIAN, delta=1e-5, confidence=confidence) == 0.0
+    assert lower_bound_in_family(Guesses(100, 100, 80), GAUSSIAN, delta=1e-5, confidence=0.95) > 0
+    assert GAUSSIAN == Family(sampling_rate=1.0, releases=1)
+    for delta, confidence in ((-0.1, 0.95), (1.0, 0.95), (0.0, 1.0), (0.0, 0.0)):
+        with pytest.raises(ValueError, match=r"must be in [\[(]0, 1\)"):
+            lower_bound_in_family(Guesses(10, 5, 5), GAUSSIAN, delta=delta, confidence=confidence)
 
 
 def gaussian_scores(
