@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -217,19 +217,27 @@ def tests_of(name: str) -> list[str]:
         if not federated & set(file.parts) and imports.search(file.read_text("utf-8"))
     ]
     own = [file for file in files if Path(file).stem == f"test_{leaf}"]
-    chosen = [f"tests/{file}" for file in own]
-    seconds = 0.0
-    for file in sorted(set(files) - {*own}, key=lambda file: (budgets.get(file, 1.0), file)):
-        seconds += budgets.get(file, 1.0)
-        if f"tests/{file}" != WATCHDOGS[0] and (seconds <= TESTS_SECONDS or not chosen):
-            chosen.append(f"tests/{file}")
-    return chosen
+    return [f"tests/{file}" for file in [*own, *_quick(set(files) - {*own}, budgets, at_least=not own)]]
 
 
 def tests_beside(path: Path) -> list[str]:
-    """The test files of the module's room, which may reach it through others."""
-    folder = ROOT / "tests" / path.relative_to("atoll").parent
-    return [file.relative_to(ROOT).as_posix() for file in sorted(folder.glob("test_*.py"))]
+    """Quick test files of the module's folder, which may reach it through others."""
+    budgets: dict[str, float] = tomllib.loads((ROOT / "tests" / "budget.toml").read_text())["seconds"]
+    folder = path.relative_to("atoll").parent
+    files = [(folder / file.name).as_posix() for file in (ROOT / "tests" / folder).glob("test_*.py")]
+    return [f"tests/{file}" for file in _quick(files, budgets)]
+
+
+def _quick(files: Iterable[str], budgets: dict[str, float], *, at_least: bool = False) -> list[str]:
+    """The quickest of these files, of `TESTS_SECONDS` in all; with `at_least`, one if there is any."""
+    chosen: list[str] = []
+    seconds = 0.0
+    for file in sorted(files, key=lambda file: (budgets.get(file, 1.0), file)):
+        seconds += budgets.get(file, 1.0)
+        is_first = at_least and not chosen
+        if f"tests/{file}" != WATCHDOGS[0] and (seconds <= TESTS_SECONDS or is_first):
+            chosen.append(file)
+    return chosen
 
 
 def is_noticed(path: Path, mutant: Mutant | None, tests: Sequence[str]) -> bool:
