@@ -214,7 +214,7 @@ def test_guesses_that_are_no_better_than_coins_prove_exactly_nothing() -> None:
         guesses = Guesses(100, 100, right)
         assert lower_bound_in_family(guesses, GAUSSIAN, delta=1e-5, confidence=confidence) == 0.0
     assert lower_bound_in_family(Guesses(100, 100, 80), GAUSSIAN, delta=1e-5, confidence=0.95) > 0
-    assert GAUSSIAN == Family(sampling_rate=1.0, releases=1)
+    assert Family(sampling_rate=1.0, releases=1) == GAUSSIAN
     for delta, confidence in ((-0.1, 0.95), (1.0, 0.95), (0.0, 1.0), (0.0, 0.0)):
         with pytest.raises(ValueError, match=r"must be in [\[(]0, 1\)"):
             lower_bound_in_family(Guesses(10, 5, 5), GAUSSIAN, delta=delta, confidence=confidence)
