@@ -18,7 +18,7 @@ from atoll.job.job import Job
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import entropy
 from atoll.privacy.secagg import unmask_sum
-from atoll.privacy.secagg_encoding import PLAIN_GRANULARITY, as_bytes, as_tensor, context_of
+from atoll.privacy.secagg_encoding import PLAIN_GRANULARITY, FixedPointCodec, as_bytes, as_tensor, context_of
 from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, SecureMessage, Update
 from atoll.protocol.requests import (
     ConfirmRequest,
@@ -175,7 +175,6 @@ def test_a_share_of_the_noise_is_as_large_as_the_threshold_that_was_dealt_with()
 def unmasked_deviation(session: SecureAggregationSession, vector: torch.Tensor, setting: Job) -> float:
     """Of a client's vector once its own masks are off, which only its own process can do."""
     from atoll.privacy.secagg import _add_pairwise, agreed_seed, mask_key_of, mask_of
-    from atoll.privacy.secagg_encoding import FixedPointCodec
 
     person = session.participants["a"]
     total = vector.numpy().view(np.uint64) - mask_of(person._seed, len(vector))
@@ -194,11 +193,27 @@ def test_without_masks_the_requests_threshold_says_how_much_noise() -> None:
     values = [("a", torch.zeros(4000, dtype=torch.float64))]
     [reply] = SecureAggregationSession().encode_contributions(promised, request, values, {"a": 1})
     assert isinstance(reply, SecureMessage)
-    from atoll.privacy.secagg_encoding import FixedPointCodec
-
     codec = FixedPointCodec.of(dp_plan_of(promised, "client"), 4000, 4, entropy)
     noise = codec.values(reply.content["vector"].numpy().view(np.uint64))
     assert float(noise.std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_grid_is_that_of_as_many_numbers_as_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server computes it from the same count, and could not add up integers of another grid."""
+    seen: list[int] = []
+    made = FixedPointCodec.of
+
+    def note(plan: Any, numbers: int, *rest: Any) -> FixedPointCodec:
+        seen.append(numbers)
+        return made(plan, numbers, *rest)
+
+    monkeypatch.setattr(FixedPointCodec, "of", note)
+    promised = job(federation={"clients": 4}, privacy=PROMISE)
+    for setting, count in ((PLAIN, 5), (promised, 2)):
+        request = UnmaskedSumRequest(**origin(setting), tensors=MODEL)
+        values = [("a", torch.zeros(count, dtype=torch.float64))]
+        [reply] = SecureAggregationSession().encode_contributions(setting, request, values, {})
+        assert isinstance(reply, SecureMessage) and len(reply.content["vector"]) == seen.pop() == count
 
 
 def test_a_number_that_fits_no_sum_is_a_failure_of_its_client_alone() -> None:
