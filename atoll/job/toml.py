@@ -50,7 +50,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _nearby(path: Path) -> str:
     """The end of a line about a file that isn't there: a job beside it that must be meant, if one is."""
-    there = sorted(str(other.name) for ending in ENDINGS for other in path.parent.glob(f"*{ending}"))
+    there = sorted(other.name for ending in ENDINGS for other in path.parent.glob(f"*{ending}"))
     nothing = "nothing near"
     lines = (did_you_mean(name, there, otherwise=nothing) for name in (path.name, f"{path.name}.toml"))
     return next((f", {line}" for line in lines if line != nothing), "")

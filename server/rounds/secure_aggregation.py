@@ -51,7 +51,7 @@ from atoll.protocol.requests import (
     origin_of,
 )
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.validation import MAX_CHARGED, NUMBERS, STATES, ValidatedUpdates
+from atoll.server.rounds.validation import STATES, ValidatedUpdates, state_fault
 
 Ask = Callable[[SumRequest, Sequence[str]], Sequence[Reply]]
 """Sends a request to clients and waits for their replies."""
@@ -206,15 +206,15 @@ class SecureRound:
         """The vectors of the right length and dtype, by client; clients with other ones are set aside."""
         numbers = length(self.summed, private=distributed_terms(self.job) is not None)
         good: dict[str, Vector] = {}
+        is_charged = charges_clients(self.job)
         for name, content in sent.items():
             vector = content.get("vector")
             if vector is None or vector.dtype != torch.int64 or vector.shape != (numbers,):
                 self.aside[name] = f"its vector is not of {numbers} whole numbers"
                 continue
-            if charges_clients(self.job):
-                charged = content.get(CHARGED_ROUNDS, torch.zeros(()))
-                is_one = charged.dtype in NUMBERS and charged.shape == ()
-                if not is_one or not 1 <= float(charged) <= MAX_CHARGED:
+            if is_charged:
+                charged = content.get(CHARGED_ROUNDS)
+                if charged is None or state_fault(CHARGED_ROUNDS, charged) is not None:
                     self.aside[name] = "it does not tell how many rounds its ledger was charged"
                     continue
                 self.charged_rounds = max(self.charged_rounds, int(charged))

@@ -153,7 +153,7 @@ class Validation:
         self, replies: Iterable[Reply], names: Sequence[str], model: Tensors, round: int, sent: Tensors
     ) -> ValidatedUpdates:
         blind = not self.inspects_values
-        if isinstance(replies, StackedUpdates) and self.needed - {CLUSTER} <= replies.states.keys():
+        if isinstance(replies, StackedUpdates) and self.needed <= replies.states.keys():
             return validate_stacked(replies, names, model, round, sent, blind=blind)
         validated = validate_updates(replies, names, model, round, sent, blind=blind)
         return self._with_what_is_needed(validated) if self.needed else validated
@@ -317,12 +317,17 @@ def _answer_fault(answer: Tensors, sent: Tensors, *, blind: bool) -> str | None:
 def _states_fault(states: Tensors, *, blind: bool) -> str | None:
     if set(states) - SOMETIMES != STATES:
         return f"metric states: expected train_loss.sum and train_loss.count, found {sorted(states)[:5]}"
-    for name, value in states.items():
-        if value.dtype not in NUMBERS or value.shape != () or not (blind or torch.isfinite(value)):
-            return f"metric state {name} is not one finite number"
-        expected, fits = RANGES.get(name, ("", None))
-        if fits is not None and not fits(value):
-            return f"metric state {name}: expected {expected}, found {float(value):g}"
+    faults = (state_fault(name, value, blind=blind) for name, value in states.items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def state_fault(name: str, value: torch.Tensor, *, blind: bool = False) -> str | None:
+    """What is wrong with a metric state of that name; None if nothing is."""
+    if value.dtype not in NUMBERS or value.shape != () or not (blind or torch.isfinite(value)):
+        return f"metric state {name} is not one finite number"
+    expected, fits = RANGES.get(name, ("", None))
+    if fits is not None and not fits(value):
+        return f"metric state {name}: expected {expected}, found {float(value):g}"
     return None
 
 
