@@ -36,6 +36,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from tests.budget import budgets
+
 ROOT = Path(__file__).parents[1]
 EXPLAINED = ROOT / "tests" / "mutants.toml"
 SECONDS = 240.0
@@ -205,7 +207,6 @@ def module_name(path: Path) -> str:
 
 def tests_of(name: str) -> list[str]:
     """The module's own test file, and others that import it, quick ones first, of so many seconds in all."""
-    budgets: dict[str, float] = tomllib.loads((ROOT / "tests" / "budget.toml").read_text())["seconds"]
     parent, _, leaf = name.rpartition(".")
     imports = re.compile(
         rf"^\s*(from {name} import|import {name}\b|from {parent} import (\([^)]*|.*)\b{leaf}\b)", re.MULTILINE
@@ -217,23 +218,23 @@ def tests_of(name: str) -> list[str]:
         if not federated & set(file.parts) and imports.search(file.read_text("utf-8"))
     ]
     own = [file for file in files if Path(file).stem == f"test_{leaf}"]
-    return [f"tests/{file}" for file in [*own, *_quick(set(files) - {*own}, budgets, at_least=not own)]]
+    return [f"tests/{file}" for file in [*own, *_quick(set(files) - {*own}, at_least=not own)]]
 
 
 def tests_beside(path: Path) -> list[str]:
     """Quick test files of the module's folder, which may reach it through others."""
-    budgets: dict[str, float] = tomllib.loads((ROOT / "tests" / "budget.toml").read_text())["seconds"]
     folder = path.relative_to("atoll").parent
     files = [(folder / file.name).as_posix() for file in (ROOT / "tests" / folder).glob("test_*.py")]
-    return [f"tests/{file}" for file in _quick(files, budgets)]
+    return [f"tests/{file}" for file in _quick(files)]
 
 
-def _quick(files: Iterable[str], budgets: dict[str, float], *, at_least: bool = False) -> list[str]:
+def _quick(files: Iterable[str], *, at_least: bool = False) -> list[str]:
     """The quickest of these files, of `TESTS_SECONDS` in all; with `at_least`, one if there is any."""
+    allowed = budgets()
     chosen: list[str] = []
     seconds = 0.0
-    for file in sorted(files, key=lambda file: (budgets.get(file, 1.0), file)):
-        seconds += budgets.get(file, 1.0)
+    for file in sorted(files, key=lambda file: (allowed.get(file, 1.0), file)):
+        seconds += allowed.get(file, 1.0)
         is_first = at_least and not chosen
         if f"tests/{file}" != WATCHDOGS[0] and (seconds <= TESTS_SECONDS or is_first):
             chosen.append(file)

@@ -26,6 +26,7 @@ from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.population.write_shards import write_shards
 from atoll.tasks import TASKS, task_named
+from tests.job.job_grid import COSTLY
 from tests.support.task_data import ready
 from tests.support.task_jobs import DRAWING, TABLES, job_of
 
@@ -327,7 +328,8 @@ ONE_ROUND = {"clients": 2, "rounds": 1}
     "pair",
     cases(
         [pair for pair in WORKING if pair[0] in BY_EXAMPLE],
-        [("question-answering", "full"), ("forecasting", "full")],
+        [(task, "head") for task in BY_EXAMPLE if task in COSTLY]
+        + [("question-answering", "full"), ("forecasting", "full")],
     ),
 )
 def test_each_task_trains_under_example_level_privacy(pair: tuple[str, str], tmp_path: Path) -> None:
