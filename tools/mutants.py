@@ -40,8 +40,9 @@ from tests.budget import budgets
 
 ROOT = Path(__file__).parents[1]
 EXPLAINED = ROOT / "tests" / "mutants.toml"
-SECONDS = 240.0
-"""After which a mutant counts as noticed: it made a test hang."""
+PATIENCE = 5.0
+"""Times what the tests take on the module as it is, and a minute: a mutant that takes longer makes a test
+hang, and is noticed."""
 TESTS_SECONDS = 45.0
 """Of test files' budgets, at most, before the watchdogs."""
 WATCHDOGS = ("tests/privacy/runs/test_sabotage.py", "-k", "test_the_code_as_it_is_passes")
@@ -241,8 +242,11 @@ def _quick(files: Iterable[str], *, at_least: bool = False) -> list[str]:
     return chosen
 
 
-def is_noticed(path: Path, mutant: Mutant | None, tests: Sequence[str]) -> bool:
-    """Whether a test fails, in a process of its own, with the mutant for the module; None: with the file."""
+def is_noticed(path: Path, mutant: Mutant | None, tests: Sequence[str], seconds: float = 300.0) -> bool:
+    """Whether a test fails, in a process of its own, with the mutant for the module; None: with the file.
+
+    So does one that isn't through after `seconds`.
+    """
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
@@ -250,7 +254,7 @@ def is_noticed(path: Path, mutant: Mutant | None, tests: Sequence[str]) -> bool:
         with contextlib.suppress(BaseException):
             code = _run(path, mutant, tests)
         os._exit(code)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
@@ -299,13 +303,21 @@ def survivors(path: Path, chosen: Sequence[Mutant]) -> Iterator[Mutant]:
     """Those that no test notices."""
     tests = tests_of(module_name(path))
     wider = [file for file in tests_beside(path) if file not in tests]
+    began = time.monotonic()
     if tests and is_noticed(path, None, tests):
         sys.exit(f"{path}: its tests fail as it is: {' '.join(tests)}")
+    patience = 60.0 + PATIENCE * (time.monotonic() - began)
     for mutant in chosen:
-        noticed = bool(tests) and is_noticed(path, mutant, tests)
+        noticed = bool(tests) and is_noticed(path, mutant, tests, patience)
         noticed = noticed or is_noticed(path, mutant, WATCHDOGS)
         if not noticed and not (wider and is_noticed(path, mutant, wider)):
             yield mutant
+
+
+def _lines(text: str) -> range:
+    """`100-180` as a range of both."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last) + 1)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -314,13 +326,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--count", type=int, default=20, help="mutants of a file, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", type=_lines, default=range(1, 1_000_000), help="only these, as in 100-180")
     given = parser.parse_args(arguments)
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import_first()
     known, left = explained(), 0
     for path in given.files:
-        every = mutants_of(path)
+        every = [mutant for mutant in mutants_of(path) if mutant.line in given.lines]
         chosen = random.Random(f"{given.seed}/{path}").sample(every, min(given.count, len(every)))
         reasons = known.get(path.as_posix(), {})
         tried = sorted((m for m in chosen if m.key not in reasons), key=lambda mutant: mutant.line)
