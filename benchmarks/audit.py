@@ -80,8 +80,8 @@ def attack(job: Job) -> Attacked:
         job, {"units": {unit: claim}}, Audit(), population=Population.of(job), watch=lambda done, plays: None
     )["units"][unit]
     seconds = time.perf_counter() - began
-    proven = [float(found[key]["epsilon"]) for key in ("one_run", "f_dp", "gaussian_sums")]
-    return Attacked(float(claim["epsilon"]), *proven, seconds)
+    one_run, f_dp, sums = (float(found[key]["epsilon"]) for key in ("one_run", "f_dp", "gaussian_sums"))
+    return Attacked(float(claim["epsilon"]), one_run, f_dp, sums, seconds)
 
 
 def table_of(name: str, runs: int, target: float) -> bool:

@@ -141,7 +141,7 @@ class Plain:
         optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=LR)
         generator = torch.Generator().manual_seed(0)
         for _ in range(self.work.visits):
-            for rows in torch.randperm(len(self.examples), generator=generator).split(BATCH):
+            for rows in torch.split(torch.randperm(len(self.examples), generator=generator), BATCH):
                 ids = [self.examples[row] for row in rows.tolist()]
                 batch = pad_sequence(ids, batch_first=True)
                 labels = pad_sequence([self.labels[row] for row in rows.tolist()], True, -100)

@@ -30,6 +30,7 @@ from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.results import Estimate
+from benchmarks.metrics import defined
 
 Table = dict[str, Any]
 
@@ -53,7 +54,7 @@ class Case:
 
     def of(self, result: RunResult) -> float:
         """What a run is judged by."""
-        return float(result.final["server"][self.metric]) if self.value is None else self.value(result)
+        return defined(result.final["server"][self.metric]) if self.value is None else self.value(result)
 
 
 def uneven(folder: Path) -> Table:

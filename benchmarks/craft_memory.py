@@ -23,7 +23,8 @@ from pathlib import Path
 from atoll.job.job import Job
 from atoll.server.events import ClientsFound, Event, RoundEnded
 from atoll.sim.sweep.results import Estimate
-from benchmarks.craft import BASE, Table, merged, told, train
+from benchmarks.craft import BASE, Table, mean_and_half, merged, train
+from benchmarks.metrics import defined
 
 TEXTS: Table = {
     "name": "texts",
@@ -75,7 +76,7 @@ def run(way: str, seed: int) -> Trained:
             Job.parse(table, origin="benchmark"), Path(folder) / "run", on_event=on_event, report=False
         )
     seconds = statistics.median(line["seconds"] for line in result.rounds[1:])
-    return Trained(result.final["server"]["accuracy"], seconds, after - before)
+    return Trained(defined(result.final["server"]["accuracy"]), seconds, after - before)
 
 
 def held_mb() -> float:
@@ -87,9 +88,9 @@ def held_mb() -> float:
 def line(way: str, runs: list[Trained], plain: list[Trained]) -> str:
     """One row of the table."""
     pairs = list(zip(runs, plain, strict=True))
-    accuracy = told(Estimate.of([run.accuracy for run in runs]))
-    change = told(Estimate.of([run.accuracy - other.accuracy for run, other in pairs]), "+")
-    share = told(Estimate.of([run.seconds / other.seconds for run, other in pairs]))
+    accuracy = mean_and_half(Estimate.of([run.accuracy for run in runs]))
+    change = mean_and_half(Estimate.of([run.accuracy - other.accuracy for run, other in pairs]), "+")
+    share = mean_and_half(Estimate.of([run.seconds / other.seconds for run, other in pairs]))
     memory = statistics.mean(run.memory for run in runs)
     return f"{way:<26}{accuracy:>18}{'' if runs is plain else change:>18}{share:>18}{memory:>10.0f}"
 

@@ -20,6 +20,7 @@ from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.results import Estimate
+from benchmarks.metrics import defined
 
 JOBS = Path(__file__).parents[1] / "jobs"
 WAYS: dict[str, tuple[str, ...]] = {
@@ -51,7 +52,8 @@ def measured(path: Path, way: tuple[str, ...], seed: int, rounds: int | None, ou
     changes += [f"seed={seed}", "evaluate.baselines=[]", "evaluate.every=1000000"]
     changes += [] if rounds is None else [f"federation.rounds={rounds}"]
     result = simulate(Job.load(path, changes), out, on_event=ignore_events, report=False)
-    return Measured(result.final["server"]["accuracy"], result.bytes_up / max(1, result.clients_trained))
+    accuracy = defined(result.final["server"]["accuracy"])
+    return Measured(accuracy, result.bytes_up / max(1, result.clients_trained))
 
 
 def line(name: str, runs: list[Measured], plain: list[Measured]) -> str:

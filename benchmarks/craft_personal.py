@@ -17,6 +17,7 @@ from pathlib import Path
 
 from atoll.report.run_result import RunResult
 from benchmarks.craft import Case, Table, merged, network, play
+from benchmarks.metrics import defined
 
 TWO_CLASSES: Table = {
     "partition": {"kind": "pathological", "classes_per_client": 2},
@@ -54,8 +55,8 @@ def formed(kind: str, rounds: int) -> Table:
 
 def at_the_clients(result: RunResult) -> float:
     """The mean over clients of what each measured, after its own steps where it took any."""
-    clients = [c for c in result["final"]["clients"].values() if c["examples"]]
-    return sum(c.get("adapted_accuracy", c["accuracy"]) for c in clients) / len(clients)
+    clients = [c for c in result.final["clients"].values() if c["examples"]]
+    return sum(defined(c.get("adapted_accuracy", c["accuracy"])) for c in clients) / len(clients)
 
 
 ADAPTED: Mapping[str, Table] = {

@@ -30,6 +30,7 @@ from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.trained import trained
+from benchmarks.metrics import defined
 
 SEEDS = (1, 2, 3, 4, 5)
 TURNS = 40
@@ -71,7 +72,7 @@ def shipped(run: Path, format: str, count: int, prune: float | None = None, kind
         model = export.written(model, learner, format, folder, examples)
         size = export.megabytes_in(folder, format)
     measured = learner.evaluate_model(model, examples)
-    return Form(size, measured["accuracy"], model, learner.collate(examples, range(1)))
+    return Form(size, defined(measured["accuracy"]), model, learner.collate(examples, range(1)))
 
 
 def shares(forms: dict[str, Form]) -> dict[str, float]:
@@ -147,16 +148,18 @@ def digits(seed: int, folder: Path) -> dict[str, Form]:
     whole, quarter = vision_transformer(folder / "vit", 64), vision_transformer(folder / "small", 32)
     run = ran(digits_job(seed, whole), folder / "plain")
     found = forms_of(run, 1000)
-    going_on = {"train": {"lr": 5e-4}, "federation": {"rounds": 2}}
+    going_on: dict[str, Any] = {"train": {"lr": 5e-4}, "federation": {"rounds": 2}}
     again = ran(digits_job(seed, whole, str(run), **going_on), folder / "again")
     found["2 rounds more, unpruned"] = shipped(again, "plain", 1000)
     for kind in ("magnitude", "structured"):
-        pruned = {"backbone": {"prune": 0.5, "prune_kind": kind}}
+        pruned: dict[str, Any] = {"backbone": {"prune": 0.5, "prune_kind": kind}}
         healed = ran(digits_job(seed, whole, str(run), **going_on, **pruned), folder / kind)
         found[f"pruned 50%, {kind}, 2 rounds more"] = shipped(healed, "plain", 1000)
     alone = ran(digits_job(seed, quarter), folder / "alone")
     found["student of a quarter, alone"] = shipped(alone, "plain", 1000)
-    teaching = {"train": {"teacher": str(run), "teacher_weight": 0.9, "teacher_temperature": 3.0}}
+    teaching: dict[str, Any] = {
+        "train": {"teacher": str(run), "teacher_weight": 0.9, "teacher_temperature": 3.0}
+    }
     taught = ran(digits_job(seed, quarter, **teaching), folder / "taught")
     found["student of a quarter, taught"] = shipped(taught, "plain", 1000)
     return found

@@ -200,7 +200,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     print(f"{os.cpu_count()} cores, medians of {options.repeats} repetitions of {options.rounds} rounds")
     for name in [options.only] if options.only else BACKBONES:
-        job, times = job_of(name, options.rounds), {}
+        job = job_of(name, options.rounds)
+        times: dict[str, list[float]] = {}
         for _ in range(options.repeats):
             for system, measure in systems(job).items():
                 times.setdefault(system, []).append(measure())

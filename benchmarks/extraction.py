@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -69,7 +70,11 @@ class PreparedByOne(Encoder):
     ) -> Iterator[FixedBatch]:
         for rows, prepare in self._encoder.fixed_batches(inputs, size, variation):
             batch = prepare()
-            yield rows, lambda ready=batch: ready
+            yield rows, partial(_itself, batch)
+
+
+def _itself(batch: Batch) -> Batch:
+    return batch
 
 
 @dataclass
@@ -142,7 +147,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     options = parser.parse_args()
     cores = os.cpu_count() or 1
-    made = {
+    made: dict[str, tuple[str, Sequence[Any]]] = {
         "MobileNetV2 at 96 pixels": ("image", images(options.examples)),
         "MiniLM at 64 tokens": ("text", texts(options.examples)),
     }

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from atoll.datasets.registry import source_named
+from atoll.datasets.registry import SOURCES
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.server.rounds.run_state import Run
@@ -42,7 +42,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 def write_sources(folder: Path) -> None:
     """The three classes as Parquet, with a column that says whose each training example is."""
-    for part, table in source_named("fashion-mnist").decode(True, None).items():
+    for part, table in SOURCES["fashion-mnist"].decode(True, None).items():
         chosen = table.filter(pc.is_in(table["label"], pa.array(CLASSES)))
         pq.write_table(chosen.append_column("client", chosen["label"]), folder / f"{part}.parquet")
 

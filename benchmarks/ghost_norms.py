@@ -159,7 +159,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        sys.stdout.write(json.dumps(run(*given.one, given.threads)) + "\n")
+        subject, way = given.one
+        sys.stdout.write(json.dumps(run(subject, way, given.threads)) + "\n")
         return
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for _ in range(given.repeats):

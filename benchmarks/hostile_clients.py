@@ -20,6 +20,7 @@ from typing import Any
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from benchmarks.metrics import defined
 
 SEEDS = (1, 2, 3)
 CLIENTS, HOSTILE, ROUNDS = 20, 4, 25
@@ -78,7 +79,7 @@ def accuracy(strategy: dict[str, Any], attack: dict[str, Any], seed: int) -> flo
     )
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
-    return float(result.rounds[-1]["metrics"]["accuracy"])
+    return defined(result.rounds[-1]["metrics"]["accuracy"])
 
 
 def main(names: Sequence[str]) -> None:

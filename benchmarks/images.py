@@ -58,7 +58,8 @@ def smooth(rng: np.random.Generator) -> Array:
         for x in range(3)
     ]
     pattern = np.sum(waves, axis=0)
-    return pattern / pattern.std()
+    found: np.ndarray = pattern / pattern.std()
+    return found
 
 
 def scaled(pixels: Array) -> Array:

@@ -25,7 +25,8 @@ def plain_loop(workload: Workload, threads: int) -> Outcome:
         whole = int(workload.sizes[cohort].sum())
         for client in cohort:
             model.load_state_dict(state)
-            train_plainly(model, *shards[client], workload, rng)
+            inputs, targets = shards[client]
+            train_plainly(model, inputs, targets, workload, rng)
             for n, p in model.named_parameters():
                 total[n].add_(p.detach(), alpha=int(workload.sizes[client]) / whole)
         model.load_state_dict(total)

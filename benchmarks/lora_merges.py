@@ -21,6 +21,7 @@ from atoll.job.job import Job
 from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from benchmarks.metrics import defined
 
 SEEDS = (1, 2, 3)
 MERGES = ("average", "ffa", "rolora", "fedex", "flora", "flexlora", "fedsb")
@@ -54,7 +55,7 @@ def mean_and_interval(values: Sequence[float], digits: int = 1) -> str:
 
 def relative_error(result: RunResult) -> float:
     """The mean over rounds and layers, in percent."""
-    lines = [line["aggregation_error"]["layers"].values() for line in result["rounds"]]
+    lines = [line["aggregation_error"]["layers"].values() for line in result.rounds]
     return 100 * statistics.mean(layer["relative"] for layers in lines for layer in layers)
 
 
@@ -64,8 +65,8 @@ def main(names: Sequence[str]) -> None:
     sys.stdout.write(f"| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
     for name in names or MERGES:
         found = [run(name, seed) for seed in SEEDS]
-        sizes = (f"{found[0][key] / 1e6:.1f}" for key in ("bytes_up", "bytes_down"))
-        accuracy = mean_and_interval([100 * result["final"]["server"]["accuracy"] for result in found])
+        sizes = (f"{getattr(found[0], key) / 1e6:.1f}" for key in ("bytes_up", "bytes_down"))
+        accuracy = mean_and_interval([100 * defined(result.final["server"]["accuracy"]) for result in found])
         error = mean_and_interval([relative_error(result) for result in found], 2)
         sys.stdout.write(f"| {name} | {accuracy} | {error} | {' | '.join(sizes)} |\n")
         sys.stdout.flush()

@@ -40,7 +40,7 @@ def accuracy(model: nn.Module, workload: Workload) -> float:
     """On the test set."""
     model.eval()
     with torch.inference_mode():
-        outputs = [model(part) for part in torch.from_numpy(workload.test_inputs).split(500)]
+        outputs = [model(part) for part in torch.split(torch.from_numpy(workload.test_inputs), 500)]
     found = torch.cat(outputs).argmax(1)
     return float((found == torch.from_numpy(workload.test_targets)).float().mean())
 
@@ -54,7 +54,7 @@ def train_plainly(
 ) -> None:
     """One local epoch of SGD from the model's present values."""
     optimizer = torch.optim.SGD(model.parameters(), lr=workload.lr)
-    for rows in torch.from_numpy(rng.permutation(len(targets))).split(workload.batch):
+    for rows in torch.split(torch.from_numpy(rng.permutation(len(targets))), workload.batch):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(model(inputs[rows]), targets[rows]))
         optimizer.step()

@@ -27,6 +27,7 @@ from atoll.data.dataset import Dataset
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from benchmarks.metrics import defined
 
 CLIENTS, ALPHA, LEAST = 10, 0.5, 10
 
@@ -78,7 +79,7 @@ def accuracies(strategy: dict[str, Any], seed: int, rounds: int, out: Path) -> l
         origin="benchmark",
     )
     result = simulate(job, out, on_event=ignore_events, resume=out.exists(), report=False)
-    return [100 * float(one["metrics"]["accuracy"]) for one in result.rounds]
+    return [100 * defined(one["metrics"]["accuracy"]) for one in result.rounds]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from benchmarks.metrics import defined
 
 EPSILONS = (0.5, 1.0, 3.0, 8.0)
 DELTA = 1e-4
@@ -40,7 +41,7 @@ def accuracy(clients: int, seed: int, **tables: Any) -> float:
     job = Job.parse(table | tables, origin="benchmark")
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
-    return float(result.final["server"]["accuracy"])
+    return defined(result.final["server"]["accuracy"])
 
 
 KINDS = ("ridge", "prototype", "gaussian")

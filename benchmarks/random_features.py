@@ -17,6 +17,7 @@ from typing import Any
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from benchmarks.metrics import defined
 
 SEEDS = (1, 2, 3, 4, 5)
 UNITS = (None, 64, 256, 1024)
@@ -41,7 +42,7 @@ def accuracy(tune: dict[str, Any], seed: int) -> float:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
-    return 100 * float(result["final"]["server"]["accuracy"])
+    return 100 * defined(result.final["server"]["accuracy"])
 
 
 def main() -> None:

@@ -149,7 +149,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        sys.stdout.write(json.dumps(run(*given.one, given.workers, given.optimizer)) + "\n")
+        subject, way = given.one
+        sys.stdout.write(json.dumps(run(subject, way, given.workers, given.optimizer)) + "\n")
         return
     sys.stdout.write("| network | MB | tuned | sent by a client | memory | times the model | seconds |\n")
     sys.stdout.write("|---|---|---|---|---|---|---|\n")

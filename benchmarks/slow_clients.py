@@ -22,6 +22,7 @@ from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import client_names
+from benchmarks.metrics import defined
 from benchmarks.unlike_shards import SEEDS, mean_and_interval
 
 CLIENTS, BATCH = 10, 16
@@ -75,7 +76,7 @@ def accuracies(name: str, seed: int) -> list[float]:
     by_then = [
         [line for line in lines if line["simulated"]["elapsed"] <= end * (1 + 1e-9)] for end in SECONDS
     ]
-    return [float(done[-1]["metrics"]["accuracy"]) for done in by_then]
+    return [defined(done[-1]["metrics"]["accuracy"]) for done in by_then]
 
 
 def main(names: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ from atoll.sim.population.population import Population
 from atoll.sim.search.space import job_of
 from atoll.sim.search.trials import validation_metrics, without_test_set
 from atoll.sim.sweep.grid import Base
+from benchmarks.metrics import defined
 
 ROOT = Path(__file__).parents[1]
 BAD: dict[str, Any] = {
@@ -94,7 +95,7 @@ def grid_best(name: str, path: Path, folder: Path) -> tuple[Found, Found]:
         metrics = validation_metrics(
             job, folder / f"grid-{number}", without_test_set(job, population), ignore_events
         )
-        found.append(((metrics["accuracy"], -metrics["loss"]), number, job))
+        found.append(((defined(metrics["accuracy"]), -defined(metrics["loss"])), number, job))
         tests.append(on_test_set(job, folder / f"grid-{number}-test"))
     print(f"{name}: the grid is played", file=sys.stderr)
     best = max(found, key=lambda one: (one[0], -one[1]))[1]
@@ -109,7 +110,7 @@ def grid_best(name: str, path: Path, folder: Path) -> tuple[Found, Found]:
 def on_test_set(job: Job, folder: Path) -> float:
     """The accuracy that the job ends with, as `atoll simulate` says it."""
     result = simulate(job, folder, on_event=ignore_events, report=False)
-    return float(result.final["server"]["accuracy"])
+    return defined(result.final["server"]["accuracy"])
 
 
 def words(job: Job) -> str:
@@ -136,9 +137,8 @@ def compare(name: str, seeds: int, folder: Path) -> tuple[str, bool]:
     before = validation_metrics(
         untuned, folder / "untuned", without_test_set(untuned, Population.of(untuned)), ignore_events
     )
-    start = Found(
-        "as it is", before["accuracy"], on_test_set(untuned, folder / "untuned-test"), 1, words(untuned)
-    )
+    accuracy = defined(before["accuracy"])
+    start = Found("as it is", accuracy, on_test_set(untuned, folder / "untuned-test"), 1, words(untuned))
     rows = [start, grid, luckiest]
     for how, space in (("tune, the grid's values", GRID), ("tune, nothing said", None)):
         for seed in range(1, seeds + 1):

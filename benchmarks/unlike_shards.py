@@ -21,6 +21,7 @@ from scipy import stats
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from benchmarks.metrics import defined
 
 SEEDS = (1, 2, 3, 4, 5)
 ROUNDS = (10, 30)
@@ -59,7 +60,7 @@ def accuracies(strategy: dict[str, Any], cohort: int, seed: int) -> list[float]:
     )
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
-    return [float(result.rounds[round - 1]["metrics"]["accuracy"]) for round in ROUNDS]
+    return [defined(result.rounds[round - 1]["metrics"]["accuracy"]) for round in ROUNDS]
 
 
 def mean_and_interval(values: Sequence[float]) -> str:

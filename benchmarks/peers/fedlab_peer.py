@@ -36,7 +36,7 @@ class Batches:
         self._inputs, self._targets, self._size = inputs, targets, size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows in torch.randperm(self.examples).split(self._size):
+        for rows in torch.split(torch.randperm(self.examples), self._size):
             yield self._inputs[rows], self._targets[rows]
 
 
@@ -46,12 +46,11 @@ class Clients(FedDataset):
     def __init__(self, workload: Workload) -> None:
         super().__init__()
         self.num = workload.clients
-        self._shards = [
-            tuple(map(torch.from_numpy, workload.client(place))) for place in range(workload.clients)
-        ]
+        self._shards = [workload.client(place) for place in range(workload.clients)]
 
     def get_dataloader(self, id: int, batch_size: int, type: str = "train") -> Batches:
-        return Batches(*self._shards[id], batch_size)
+        inputs, targets = map(torch.from_numpy, self._shards[id])
+        return Batches(inputs, targets, batch_size)
 
 
 class Trainer(FedAvgSerialClientTrainer):

@@ -104,7 +104,7 @@ def simulate(path: Path) -> Outcome:
         num_supernodes=workload.clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": os.cpu_count(), **quiet},
+            "init_args": {"num_cpus": os.cpu_count() or 1, **quiet},
         },
     )
     return seconds_between(strategy.times), accuracy(network, workload)
