@@ -22,6 +22,7 @@ from atoll.client.dp.adaptive_norms import SCALE
 from atoll.client.dp.dp_sgd_model import clipped_sums, train_privately
 from atoll.client.dp.example_draws import example_numbers
 from atoll.client.dp.ghost_norms import OuterProducts, PassedBatch, ghost_passes, squared_norms_of
+from atoll.client.dp.ghost_norms_fit import refuse_without_ghost_norms
 from atoll.client.dp.private_examples import PrivateExamples
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
@@ -358,8 +359,15 @@ def test_a_refusal_tells_no_number_of_the_examples(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("middle", [Loose(), nn.LSTM(6, 6, batch_first=True)], ids=["loose", "lstm"])
-def test_a_parameter_that_hooks_see_in_part_is_refused_by_the_key(middle: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("middle", "fault"),
+    [
+        (Loose(), r"the gradients of head\.middle\.inner\.weight don't add up to the batch's"),
+        (nn.LSTM(6, 6, batch_first=True), "a layer failed: TypeError"),
+    ],
+    ids=["loose", "lstm"],
+)
+def test_a_parameter_that_hooks_see_in_part_is_refused_by_the_key(middle: nn.Module, fault: str) -> None:
     learner, shard = pictures(tune={"method": "full"})
     learner = with_ghost_norms(learner)
     start, plain = learner.initial(), learner.model.head
@@ -377,8 +385,13 @@ def test_a_parameter_that_hooks_see_in_part_is_refused_by_the_key(middle: nn.Mod
 
     learner.model.head = Head()
     assert start
-    with pytest.raises(ConfigError, match=r"^privacy\.ghost_norms: hooks can't tell"):
+    with pytest.raises(ConfigError, match=rf"^privacy\.ghost_norms: hooks can't tell .* \({fault}\)"):
         dp_sgd_model.hooks_suffice_for(learner, shard)
+
+
+def test_one_example_is_enough_to_look_at(tmp_path: Path) -> None:
+    learner, shard = case("text, LoRA", tmp_path, 1)
+    refuse_without_ghost_norms(with_ghost_norms(learner), shard)
 
 
 @pytest.mark.parametrize(
