@@ -25,6 +25,8 @@ SCALES: dict[str, float | None] = {
 """The default scale of each attack; None for attacks without a scale."""
 
 POISONS_LABELS = ("label-flip", "backdoor")
+SENDS_WHAT_IT_LEARNS = "label-flip"
+"""The attack whose clients send their updates as they are, whatever these are made of."""
 
 
 class AttackSection(Section):
@@ -81,9 +83,10 @@ def check_attack(job: Job) -> None:
         ("privacy.where = 'distributed'", job.privacy.where == "distributed"),
         ("privacy.audit", job.privacy.audit),
     ):
-        if is_set:
+        if is_set and (kind != SENDS_WHAT_IT_LEARNS or key == "privacy.audit"):
             raise ValueError(
-                f"attack.kind: hostile clients replace a delta as it is; expected none with {key}"
+                f"attack.kind: hostile clients replace a delta as it is; expected none with {key}, or"
+                f" {SENDS_WHAT_IT_LEARNS!r}"
             )
     if kind in POISONS_LABELS and job.data.partition.kind == "resampled":
         raise ValueError(

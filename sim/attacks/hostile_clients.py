@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from atoll.job.attack import POISONS_LABELS, AttackSection
+from atoll.job.attack import POISONS_LABELS, SENDS_WHAT_IT_LEARNS, AttackSection
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster
 from atoll.privacy.secagg_encoding import flat, unflatten
@@ -99,12 +99,12 @@ class AttackedTransport:
                 )
             case "free-rider":
                 return torch.zeros_like(honest)
-        return attack.factor * honest  # what was learnt from poisoned labels, boosted
+        return attack.factor * honest  # a backdoor, boosted
 
 
 def attacked(transport: Transport, job: Job, names: Sequence[str]) -> Transport:
-    """The transport with the job's hostile clients on it; itself where none is."""
-    if job.attack.kind is None:
+    """The transport with the job's hostile clients on it; itself where none changes its update."""
+    if job.attack.kind in (None, SENDS_WHAT_IT_LEARNS):
         return transport
     hostile = frozenset(hostile_names(job, names))
     return AttackedTransport(

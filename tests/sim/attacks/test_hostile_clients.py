@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,22 @@ def test_one_by_one_and_all_at_once_have_the_same_bits_under_attack(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    "federation", [{"secure_aggregation": True}, {"compression": "sign", "error_feedback": True}]
+)
+def test_labels_are_flipped_however_updates_travel(tmp_path: Path, federation: dict[str, Any]) -> None:
+    """As if the clients' own data were so."""
+    tables = {"federation": {"clients": CLIENTS, "rounds": 2} | federation}
+    attack = {"kind": "label-flip", "clients": 2}
+    poisoned = Population.of(job(attack=attack, **tables))
+    data = replace(Population.of(job(**tables)), train=poisoned.train, keys=poisoned.keys)
+    flipped = simulate(
+        job(**tables), tmp_path / "data", on_event=ignore_events, report=False, population=data
+    )
+    assert ran(tmp_path, attack=attack, **tables).model_sha256 == flipped.model_sha256
+    assert flipped.model_sha256 != ran(tmp_path, **tables).model_sha256
+
+
+@pytest.mark.parametrize(
     ("tables", "said"),
     [
         ({"attack": {"clients": 2}}, "clients has no meaning without kind"),
@@ -189,7 +206,7 @@ def test_one_by_one_and_all_at_once_have_the_same_bits_under_attack(tmp_path: Pa
         ({"attack": {"kind": "alie", "clients": CLIENTS}}, "fewer than federation.clients = 6, found 6"),
         (
             {"attack": {"kind": "alie"}, "federation": {"clients": CLIENTS, "compression": "int8"}},
-            "expected none with federation.compression",
+            "expected none with federation.compression, or 'label-flip'",
         ),
         (
             {
