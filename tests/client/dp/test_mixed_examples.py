@@ -20,6 +20,7 @@ from atoll.client.dp.mixed_examples import (
     TOLERANCE,
     _compare,
     _difference,
+    _equal,
     _Probe,
     changed,
     mixing_layers,
@@ -294,13 +295,13 @@ def test_a_probe_tells_of_the_clients_own_examples_alone() -> None:
         asked.append((batch["x"].clone(), targets.clone()))
         return {"w": batch["x"].sum(1)}
 
-    seen = probe.seen(gradients, (5, 0, 3, 7))
+    seen = probe.seen(gradients, (4, 0, 3, 7))
     assert sorted(seen) == [0, 3]
     x, targets = asked[0]
-    plain = learner.batch(shard, [3, 0, 8, 8])["x"]
+    plain = learner.batch(shard, [0, 0, 8, 8])["x"]
     assert torch.equal(x[1:3], plain[1:3]) and torch.equal(x[0], plain[0].flip(-1) + 1)
     assert torch.equal(x[3], plain[3].flip(-1) + 1)
-    assert torch.equal(targets, shard.targets_of([3, 0, 8, 8]))
+    assert torch.equal(targets, shard.targets_of([0, 0, 8, 8]))
     with torch.no_grad():
         outputs = learner.model({"x": plain})
     for member, place in ((0, 1), (3, 2)):
@@ -344,3 +345,57 @@ def test_layers_are_compared_by_their_first_row_and_named_innermost_first() -> N
     with pytest.raises(ConfigError, match=r"layer middle\.1 mixes the examples of a batch"):
         refuse_mixing_layers(learner, {"x": batch["x"][:2]})
     refuse_mixing_layers(learner_of(Around()), {"x": batch["x"][:2]})
+
+
+class Sums(nn.Module):
+    """Adds two tensors, or the tensors of a table."""
+
+    def forward(self, *given: Any) -> torch.Tensor:
+        return sum(torch.as_tensor(t) for t in (given[0].values() if isinstance(given[0], dict) else given))
+
+
+class AddsWhatIsMixed(Around):
+    """A layer that mixes, and one after it that adds to its outputs what wasn't mixed."""
+
+    def __init__(self, *, as_table: bool) -> None:
+        super().__init__(CentresLargeBatches())
+        self.sums, self.as_table = Sums(), as_table
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        states = torch.tanh(self.first(batch["x"]))
+        mixed = self.middle(states)
+        found = self.sums({"a": states, "b": mixed}) if self.as_table else self.sums(states, mixed)
+        out: torch.Tensor = self.last(found)
+        return out
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_a_layer_after_one_that_mixes_is_not_named(as_table: bool) -> None:
+    """Not where but one of its inputs is another one, and not where its inputs aren't seen."""
+    batch = {"x": torch.arange(35.0).view(5, 7) / 10}
+    assert mixing_layers(AddsWhatIsMixed(as_table=as_table), batch)[0] == "middle"
+    assert "sums" not in mixing_layers(AddsWhatIsMixed(as_table=as_table), batch)
+
+
+class CalledByWhatIsThere(Around):
+    """Calls a layer once for each row that is unlike the one before."""
+
+    def between(self, states: torch.Tensor) -> torch.Tensor:
+        for _ in range(int((states[1:] != states[:-1]).any(1).sum())):
+            states = self.middle(states)
+        return states
+
+
+def test_layers_may_be_called_more_often_for_one_batch_than_for_another() -> None:
+    batch = {"x": torch.arange(35.0).view(5, 7) / 10}
+    assert mixing_layers(CalledByWhatIsThere(), batch) == []
+
+
+def test_rows_are_equal_up_to_rounding_alone() -> None:
+    one = torch.tensor([1.0, 2.0])
+    for other, same in ((one * (1 + 5e-5), True), (one * 1.01, False), (one[:1], False)):
+        assert _equal([one], [other]) == same
+    unsound = torch.tensor([1.0, float("nan")])
+    assert _equal([unsound], [unsound.clone()]) and not _equal([unsound], [one])
+    assert _equal([], []) and not _equal([one], [one, one])
+    assert not _equal([one, one], [one, one + 1])
