@@ -14,7 +14,9 @@ from scipy.special import ndtr
 
 from atoll.privacy.accounting import (
     LEAST_NOISE,
+    PRECISION,
     Release,
+    _narrowed,
     _sane,
     calibrate,
     compose,
@@ -272,3 +274,23 @@ def test_more_noise_fewer_releases_and_rarer_sampling_cost_less(
     assert epsilon({Release(noise * 1.2, rate): releases}, 1e-5) <= spent + slack
     assert epsilon({Release(noise, rate): releases + 10}, 1e-5) >= spent - slack
     assert epsilon({Release(noise, rate * 0.8): releases}, 1e-5) <= spent + slack
+
+
+@pytest.mark.parametrize(
+    ("edge", "under", "over"), [(0.3, 1.02, 1.03), (5.0, 1.00001, 1.05), (77.0, 1.05, 1.0)]
+)
+@pytest.mark.parametrize("steep", [1e-6, 1.0, 1e6])
+def test_a_bracket_is_narrowed_whatever_the_curve_is_like(
+    edge: float, under: float, over: float, steep: float
+) -> None:
+    """A line in logarithms, one that is nearly level, and one that is nearly a step."""
+    asked: list[float] = []
+
+    def curve(noise: float) -> float:
+        below, above = ([one for one in asked if (one >= edge) == side] for side in (False, True))
+        assert not below or not above or max(below) < noise < min(above), "outside of the bracket"
+        asked.append(noise)
+        return 2.0 * math.exp(max(-600.0, min(600.0, steep * math.log(edge / noise))))
+
+    found = _narrowed(edge / under, edge * over, 2.0, curve)
+    assert edge <= found <= edge * PRECISION and len(asked) < 40
