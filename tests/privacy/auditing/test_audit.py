@@ -287,13 +287,17 @@ def test_bounds_of_a_rate_are_the_exact_ones(hits: int, trials: int) -> None:
 
 
 def test_a_likelihood_ratio_is_that_of_the_fitted_gaussians() -> None:
-    """Two canaries, four shadows each way: means by hand, a deviation that they share."""
+    """Two canaries, four shadows: means by hand, a deviation that they share; and one canary alone."""
     shadows = np.array([[1.0, 5.0], [3.0, 7.0], [0.0, 1.0], [2.0, 3.0]])
     inside = np.array([[True, True], [True, True], [False, False], [False, False]])
     # In: means 2 and 6, squares 1+1+1+1 over 2 degrees of freedom; out: means 1 and 2, the same squares.
     scores, spread = np.array([2.5, 2.0]), math.sqrt(2)
     expected = norm.logpdf(scores, [2, 6], spread) - norm.logpdf(scores, [1, 2], spread)
     np.testing.assert_allclose(log_ratios(scores, shadows, inside), expected)
+    alone = log_ratios(scores[:1], np.array([[1.0], [4.0], [0.0], [2.0]]), inside[:, :1])
+    spreads = math.sqrt(1.5**2 + 1.5**2), math.sqrt(2)
+    by_hand = norm.logpdf(2.5, 2.5, spreads[0]) - norm.logpdf(2.5, 1, spreads[1])
+    np.testing.assert_allclose(alone, [by_hand])
 
 
 def test_a_canary_that_no_shadow_run_had_is_judged_by_the_mean_of_all() -> None:
