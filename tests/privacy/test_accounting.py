@@ -123,7 +123,7 @@ def test_nothing_spent_is_zero_and_a_vacuous_guarantee_is_infinite() -> None:
 def test_a_release_with_next_to_no_noise_is_within_no_budget_whatever_else_was_spent() -> None:
     loud, quiet = Release(LEAST_NOISE * 0.99, 1.0), Release(100.0, 1.0)
     assert within({}, 1e-5, 0.1) and within({quiet: 1}, 1e-5, 1.0)
-    for spent in ({loud: 1}, {loud: 1, quiet: 1}):
+    for spent in ({loud: 1}, {loud: 1, quiet: 1}, {loud: 1, Release(100.0, 0.5): 1}):
         assert not within(spent, 1e-5, 1e9)
         assert epsilon(spent, 1e-5) == math.inf
     assert math.isfinite(epsilon({Release(LEAST_NOISE, 1.0): 1}, 1e-5))
