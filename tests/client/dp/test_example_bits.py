@@ -28,7 +28,7 @@ from atoll.protocol.random_streams import stream_seed
 from tests.support.small import image_job
 
 LOW = 0xFFFFFFFF
-KEYS = [bytes([letter]) * 32 for letter in b"abcab"]
+KEYS = [bytes([letter, *range(31)]) for letter in b"abcab"]
 
 
 def random_number(seed: int) -> int:
@@ -216,3 +216,27 @@ def test_what_draws_is_told_from_what_does_not_also_when_asked_again() -> None:
         assert _is_draw(torch.ops.aten.bernoulli_.float)
         assert not _is_draw(torch.ops.aten.add.Tensor)
     assert math.isclose(float(drawn(lambda: torch.ones(2) + 1)[0]), 2.0)
+
+
+class Ends(ExampleDraws):
+    """Whose bits are the least and the greatest that there are."""
+
+    def bits(self, like: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.tensor([0, LOW])
+
+
+def test_the_ends_of_the_bits_give_numbers_within_their_bounds() -> None:
+    like, draws = torch.empty(2), Ends(SEEDS)
+    low, high = draws.normal(like, "").tolist()
+    assert low == quantile(0) and high == quantile(LOW) and math.isfinite(low) and math.isfinite(high)
+    assert draws.uniform(like, "").tolist() == [0.0, 1 - 2.0**-24]
+    for certain in (0.0, torch.zeros(2)):
+        assert draws.below(like, certain, "").tolist() == [False, False]
+    for certain in (1.0, torch.ones(2)):
+        assert draws.below(like, certain, "").tolist() == [True, True]
+
+
+def test_what_else_a_draw_is_given_counts_but_for_a_generator() -> None:
+    plain = drawn(lambda: torch.rand(2, 3))
+    double = drawn(lambda: torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
+    assert double.dtype == torch.float64 and double.tolist() == plain.tolist()
