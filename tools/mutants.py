@@ -43,6 +43,8 @@ EXPLAINED = ROOT / "tests" / "mutants.toml"
 PATIENCE = 5.0
 """Times what the tests take on the module as it is, and a minute: a mutant that takes longer makes a test
 hang, and is noticed."""
+REPORTED = 10
+"""After so many mutants a line on the terminal says where the run is."""
 TESTS_SECONDS = 45.0
 """Of test files' budgets, at most, before the watchdogs."""
 WATCHDOGS = ("tests/privacy/runs/test_sabotage.py", "-k", "test_the_code_as_it_is_passes")
@@ -307,7 +309,9 @@ def survivors(path: Path, chosen: Sequence[Mutant]) -> Iterator[Mutant]:
     if tests and is_noticed(path, None, tests):
         sys.exit(f"{path}: its tests fail as it is: {' '.join(tests)}")
     patience = 60.0 + PATIENCE * (time.monotonic() - began)
-    for mutant in chosen:
+    for done, mutant in enumerate(chosen):
+        if done % REPORTED == 0:
+            print(f"{path}: {done} of {len(chosen)}, at line {mutant.line}", file=sys.stderr, flush=True)
         noticed = bool(tests) and is_noticed(path, mutant, tests, patience)
         noticed = noticed or is_noticed(path, mutant, WATCHDOGS)
         if not noticed and not (wider and is_noticed(path, mutant, wider)):
