@@ -258,8 +258,16 @@ def _hashed(seeds: Numbers, tail: tuple[int, ...], device: torch.device) -> torc
     if device.type == "cpu":
         keys = zip(_rows(first, len(places)), _rows(second, len(places)), strict=True)
         return torch.from_numpy(np.concatenate([_mixed(places + a, b) for a, b in keys], dtype=np.int64))
-    a, b = (torch.from_numpy(part.astype(np.int64)).to(device).unsqueeze(1) for part in (first, second))
-    return _mixed_there(torch.from_numpy(places.astype(np.int64)).to(device) + a, b)
+    return _hashed_there(first, second, places, device)
+
+
+def _hashed_there(
+    first: Numbers, second: Numbers, places: NDArray[np.uint32], device: torch.device
+) -> torch.Tensor:
+    """The bits of `_hashed`, computed on the device."""
+    numbers = (torch.from_numpy(part.astype(np.int64)).to(device) for part in (first, second, places))
+    a, b, there = numbers
+    return _mixed_there(there + a[:, None], b[:, None])
 
 
 NUMBERS_PER_BLOCK = 1 << 16

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.example_draws import (
     _hashed,
-    _mixed_there,
+    _hashed_there,
     _places,
     example_draws,
     example_numbers,
@@ -69,12 +69,14 @@ def test_bits_are_even_and_those_of_neighbours_have_nothing_in_common() -> None:
 def test_a_gpus_way_of_mixing_gives_the_same_bits() -> None:
     seeds = example_numbers(keys("abc"))
     mixed = random_numbers(seeds, 1)[:, 0]
-    first, second = (
-        torch.from_numpy(part.astype(np.int64)).unsqueeze(1)
-        for part in (mixed & np.uint64(0xFFFFFFFF), mixed >> np.uint64(32))
-    )
-    there = _mixed_there(torch.from_numpy(_places((5, 7)).astype(np.int64)) + first, second)
+    halves = mixed & np.uint64(0xFFFFFFFF), mixed >> np.uint64(32)
+    there = _hashed_there(*halves, _places((5, 7)), torch.device("cpu"))
     assert torch.equal(there, _hashed(seeds, (5, 7), torch.device("cpu")))
+
+
+def test_bits_are_where_they_are_wanted() -> None:
+    found = _hashed(example_numbers(keys("abc")), (5, 7), torch.device("meta"))
+    assert (found.device.type, found.shape, found.dtype) == ("meta", (3, 35), torch.int64)
 
 
 def drawn(kind: Any, numbers: Any, **more: Any) -> torch.Tensor:
