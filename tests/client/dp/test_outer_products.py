@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from atoll.client.dp import ghost_norms
-from atoll.client.dp.ghost_norms import OuterProducts, squared_norms_of
+from atoll.client.dp.ghost_norms import OuterProducts, _folded, ghost_passes, squared_norms_of
 
 BATCH, INPUTS, OUTPUTS = 5, 6, 3
 
@@ -94,3 +96,27 @@ def test_laid_out_each_example_has_its_own_sum() -> None:
     for term in (linear(4), looked_up(4)):
         expected = np.stack([gradient(term, example) for example in range(BATCH)])
         np.testing.assert_allclose(term.sample().numpy(), expected, rtol=1e-12)
+
+
+def test_gradients_are_folded_number_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ghost_norms, "FOLDED", 4)
+    found = _folded({"long": torch.arange(10.0).view(2, 5), "short": torch.arange(3.0)})
+    assert found["long"].tolist() == [0 + 4 + 8, 1 + 5 + 9, 2 + 6, 3 + 7]
+    assert found["short"].tolist() == [0, 1, 2]
+
+
+def test_torch_warns_nobody_of_hooks_that_fire_as_they_should() -> None:
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(INPUTS, OUTPUTS)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            found: torch.Tensor = self.layer(batch["x"])
+            return found
+
+    batch, targets = {"x": torch.randn(BATCH, INPUTS)}, torch.zeros(BATCH, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ghost_passes(Outputs(), nn.functional.cross_entropy) as passes:
+            assert len(passes(batch, targets).squared_norms()) == BATCH
