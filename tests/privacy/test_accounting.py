@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
+from atoll.privacy import accounting
 from atoll.privacy.accounting import (
+    GRIDS,
     LEAST_NOISE,
     PRECISION,
     Release,
     _narrowed,
+    _refined,
     _sane,
+    _suffices,
     calibrate,
     compose,
     epsilon,
@@ -294,3 +298,55 @@ def test_a_bracket_is_narrowed_whatever_the_curve_is_like(
 
     found = _narrowed(edge / under, edge * over, 2.0, curve)
     assert edge <= found <= edge * PRECISION and len(asked) < 40
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("bounds", "target", "answer", "asked"),
+    [
+        ([5.0, 3.0], 3.0, True, 2),
+        ([10.0, 6.0, 5.0], 2.9, False, 3),
+        ([10.0, 6.0, 5.0, 4.9], 3.0, False, 4),
+        ([2.0, 1.999], 1.998, False, 2),
+        ([0.5, 0.4], 0.1, False, 2),
+        ([0.5, 0.2, 0.19], 0.1, False, 3),
+        ([0.5, 0.2, 0.21, 0.09], 0.1, False, 3),
+        ([INF] * 5, 1.0, False, 5),
+        ([INF, INF, 0.5], 1.0, True, 3),
+        ([INF, 30.0, 29.0], 1.0, False, 3),
+        ([2.0**-n for n in range(9)], 1e-4, False, 9),
+        ([2.0**-n for n in range(9)], 2.0**-8, True, 9),
+    ],
+)
+def test_a_noise_is_denied_as_soon_as_no_finer_grid_can_help(
+    bounds: list[float], target: float, answer: bool, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On grids of .1, .03, .01, …: as long as they are wider than a tenth of the bound it may still fall."""
+    grids: list[float] = []
+
+    def bound(spent: Any, delta: float, relation: str, grid: float) -> float:
+        grids.append(grid)
+        return bounds[len(grids) - 1]
+
+    monkeypatch.setattr(accounting, "_on_grid", bound)
+    assert _suffices(SPENT, 1e-5, target, "add-or-remove-one") == answer
+    assert grids == list(GRIDS[:asked])
+
+
+SPENT = ((Release(1.0, 0.01), 100),)
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "releases"),
+    [(0.5, 0.01, 1000), (24.6, 0.001, 10_000), (1.55, 1e-4, 3000), (248.0, 1.0, 1), (5.0, 0.5, 30)],
+)
+def test_a_noise_suffices_where_epsilon_is_within_the_target(
+    noise: float, rate: float, releases: int
+) -> None:
+    spent = ((Release(noise, rate), releases),)
+    value, grid = _refined(spent, 1e-5, "add-or-remove-one")
+    assert value == epsilon(dict(spent), 1e-5) and grid in GRIDS
+    for by in (0.1, 0.5, 0.9, 0.998, 1.0, 1.002, 1.1, 2.0):
+        assert _suffices(spent, 1e-5, by * value, "add-or-remove-one") == (by >= 1), by
