@@ -77,17 +77,21 @@ def check_attack(job: Job) -> None:
             f"attack.clients: expected fewer than federation.clients = {federation.clients}, found"
             f" {job.attack.clients}"
         )
-    for key, is_set in (
+    hides_deltas = (
         ("federation.secure_aggregation", federation.secure_aggregation),
         ("federation.compression", federation.compression is not None),
         ("privacy.where = 'distributed'", job.privacy.where == "distributed"),
-        ("privacy.audit", job.privacy.audit),
-    ):
-        if is_set and (kind != SENDS_WHAT_IT_LEARNS or key == "privacy.audit"):
+    )
+    for key, is_set in hides_deltas:
+        if is_set and kind != SENDS_WHAT_IT_LEARNS:
             raise ValueError(
                 f"attack.kind: hostile clients replace a delta as it is; expected none with {key}, or"
                 f" {SENDS_WHAT_IT_LEARNS!r}"
             )
+    if job.privacy.audit:
+        raise ValueError(
+            "attack.kind: an audit replays a run of honest clients; expected none with privacy.audit"
+        )
     if kind in POISONS_LABELS and job.data.partition.kind == "resampled":
         raise ValueError(
             f"attack.kind: {kind!r} changes labels of the clients' own examples, and clients of a 'resampled'"

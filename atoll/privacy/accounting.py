@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -173,17 +173,11 @@ def _suffices(spent: Frozen, delta: float, target: float, relation: Relation) ->
     From grid to grid the bound falls by 0.6 of what it fell by before at most (measured; the widths of grids
     fall by factors of 3). So a bound that is above the target by twice what it last fell by stays above.
     """
-    before = math.inf
-    for grid in GRIDS:
-        value = _on_grid(spent, delta, relation, grid)
+    for grid, value, fell in _bounds(spent, delta, relation):
         if value <= target:
             return True
-        if math.isinf(value) and grid <= USUAL_GRID:
+        if grid <= FINE * value and value - 2 * fell > target:
             return False
-        is_fine, fell = grid <= FINE * value, before - value
-        if is_fine and (value - 2 * fell > target or abs(fell) <= STABLE * value):
-            return False
-        before = value
     return False
 
 
@@ -227,23 +221,30 @@ def _as_one(plain: Sequence[tuple[Release, int]]) -> Release:
 
 @lru_cache(maxsize=1024)
 def _epsilon(spent: Frozen, delta: float, relation: Relation) -> float:
-    return _refined(spent, delta, relation)[0] if spent else 0.0
+    if not spent:
+        return 0.0
+    if min(release.noise_multiplier for release, _ in spent) < LEAST_NOISE:
+        return math.inf
+    return _refined(spent, delta, relation)[0]
 
 
 def _refined(spent: Frozen, delta: float, relation: Relation) -> tuple[float, float]:
     """(epsilon, the last grid that was asked)."""
-    if min(release.noise_multiplier for release, _ in spent) < LEAST_NOISE:
-        return math.inf, USUAL_GRID
-    best = before = math.inf
+    bounds = [(value, grid) for grid, value, _ in _bounds(spent, delta, relation)]
+    return min(bounds)[0], bounds[-1][1]  # a finer grid may be a worse one: it is another bound
+
+
+def _bounds(spent: Frozen, delta: float, relation: Relation) -> Iterator[tuple[float, float, float]]:
+    """(grid, its bound of epsilon, how far that fell), until a finer grid would tell nothing more."""
+    before = math.inf
     for grid in GRIDS:
         value = _on_grid(spent, delta, relation, grid)
-        best = min(best, value)  # a finer grid may be a worse one: it is another bound
+        yield grid, value, before - value
         if value == 0 or (math.isinf(value) and grid <= USUAL_GRID):
-            break
+            return
         if grid <= FINE * value and abs(before - value) <= STABLE * value:
-            break
+            return
         before = value
-    return best, grid
 
 
 @lru_cache(maxsize=4096)

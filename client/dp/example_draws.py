@@ -265,8 +265,7 @@ def _hashed_there(
     first: Numbers, second: Numbers, places: NDArray[np.uint32], device: torch.device
 ) -> torch.Tensor:
     """The bits of `_hashed`, computed on the device."""
-    numbers = (torch.from_numpy(part.astype(np.int64)).to(device) for part in (first, second, places))
-    a, b, there = numbers
+    a, b, there = (torch.from_numpy(part.astype(np.int64)).to(device) for part in (first, second, places))
     return _mixed_there(there + a[:, None], b[:, None])
 
 
