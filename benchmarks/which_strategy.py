@@ -82,7 +82,7 @@ def strategy(name: str, **keys: Any) -> Table:
     return {"strategy": {"name": name, **keys}}
 
 
-SIGNS: Table = {"federation": {"compression": "sign"}}
+SIGNS: Table = {"federation": {"compression": "sign", "error_feedback": False}}
 
 CASES = {
     "noisy": Case("accuracy", noisy, {"fedavg": {}, "fedavgm": strategy("fedavgm")}),
