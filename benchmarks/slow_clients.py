@@ -42,9 +42,12 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
 def profile(seed: int, folder: Path) -> str:
     """The clients' devices, as a file."""
     seconds = np.random.default_rng(seed).permutation(np.logspace(0, 1, CLIENTS))
-    rows = [
-        f"{name},{BATCH / each!r}" for name, each in zip(client_names(CLIENTS), seconds.tolist(), strict=True)
-    ]
+    return written([BATCH / each for each in seconds.tolist()], folder)
+
+
+def written(speeds: Sequence[float], folder: Path) -> str:
+    """A file of devices, which train so many examples a second, client by client."""
+    rows = [f"{name},{speed!r}" for name, speed in zip(client_names(len(speeds)), speeds, strict=True)]
     (folder / "devices.csv").write_text("\n".join(["client,examples_per_second", *rows]))
     return str(folder / "devices.csv")
 

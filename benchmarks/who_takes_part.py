@@ -24,6 +24,7 @@ from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import client_names
 from benchmarks.metrics import defined
+from benchmarks.slow_clients import written
 from benchmarks.unlike_shards import mean_and_interval
 
 SEEDS = range(1, 21)
@@ -44,9 +45,6 @@ def measured(rule: dict[str, Any], seed: int) -> list[float]:
     names = client_names(CLIENTS)
     speeds = np.random.default_rng(seed).permutation(np.logspace(0, 1, CLIENTS)).tolist()
     with tempfile.TemporaryDirectory() as folder:
-        profile = Path(folder) / "devices.csv"
-        rows = (f"{name},{speed!r}" for name, speed in zip(names, speeds, strict=True))
-        profile.write_text("\n".join(["client,examples_per_second", *rows]))
         oort = {"oort": {"speeds": dict(zip(names, speeds, strict=True))}} if "oort" in rule.values() else {}
         job = Job.parse(
             {
@@ -62,7 +60,7 @@ def measured(rule: dict[str, Any], seed: int) -> list[float]:
                 "backbone": {"name": "raw:pixels", "image_size": 8},
                 "train": {"lr": 1.0, "batch_size": 8},
                 "federation": {"clients": CLIENTS, "cohort": COHORT, "rounds": ROUNDS[-1]}
-                | {"devices": str(profile)} | rule | oort,
+                | {"devices": written(speeds, Path(folder))} | rule | oort,
             },
             origin="benchmark",
         )  # fmt: skip
