@@ -132,13 +132,18 @@ class CorrelatedNoise:
     released: list[Vector] = field(default_factory=list)
 
     def release(self, total: Vector, lattice: Lattice) -> Vector:
-        """The round's sum plus noise correlated with earlier rounds; both are stored for later rounds."""
+        """The round's sum plus noise correlated with earlier rounds; both are stored for later rounds.
+
+        With one band nothing is stored, and `total` itself is noised.
+        """
+        if self.bands == 1:
+            return lattice.added(total, into=total)
         first, *later = coefficients(self.bands)
         combined, known = first * total, np.zeros_like(total)
         for c, earlier, public in zip(later, self.sums, self.released, strict=False):
             combined += c * earlier
             known += c * public
-        released: Vector = (lattice.added(combined) - known) / first
+        released: Vector = (lattice.added(combined, into=combined) - known) / first
         self.sums = [total, *self.sums][: self.bands - 1]
         self.released = [released, *self.released][: self.bands - 1]
-        return released
+        return released.copy()

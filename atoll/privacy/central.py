@@ -90,10 +90,11 @@ class CentralGaussian:
         total, within = np.zeros(sum(sizes)), 0
         if len(updates):
             summed, norms = clipped_sum(updates, clipping_norm=self.clipping_norm)
-            total = torch.cat([summed[name].reshape(-1) for name in names]).numpy()
+            total = summed.numpy()
             within = int((norms <= self.clipping_norm).sum())
         self.record(self.event)
-        noisy = self.correlation.release(total, self.lattice(len(total))) / self.expected_cohort
+        noisy = self.correlation.release(total, self.lattice(len(total)))
+        noisy /= self.expected_cohort
         parts = torch.split(torch.from_numpy(noisy), sizes)
         mean = {name: part.reshape(model[name].shape) for name, part in zip(names, parts, strict=True)}
         return mean, self._fraction(within, len(updates))

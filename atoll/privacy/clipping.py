@@ -12,17 +12,17 @@ import torch
 
 from atoll.protocol.messages import Update
 from atoll.protocol.stacked_updates import StackedUpdates
-from atoll.protocol.tensors import Tensors
 
 NUMBERS_PER_BLOCK = 1 << 22
 """How many numbers, of all clients together, are converted to float64 at a time."""
 
 
-def clipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Tensors, torch.Tensor]:
-    """(the sum of the clipped deltas in float64, each client's norm before clipping, [clients]).
+def clipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the sum of the clipped deltas, [numbers], float64; each client's norm before clipping, [clients]).
 
-    Every client has weight one, whatever number of examples it reports. A delta with a value that isn't
-    finite counts as zero, and so does its norm, so that the result does not reveal that there was one.
+    The sum has all tensors behind one another, in the order of their names. Every client has weight one,
+    whatever number of examples it reports. A delta with a value that isn't finite counts as zero, and so does
+    its norm, so that the result does not reveal that there was one.
 
     Raises:
         ValueError: the clipping norm isn't finite and positive.
@@ -32,7 +32,11 @@ def clipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Ten
     shapes = _shapes(updates)
     norms = _norms(updates, shapes)
     scale = (clipping_norm / norms.clamp_min(clipping_norm)).masked_fill(~torch.isfinite(norms), 0.0)
-    total = {name: _scaled_sum(scale, updates, name).reshape(shape) for name, shape in shapes.items()}
+    names = sorted(shapes)
+    sizes = [shapes[name].numel() for name in names]
+    total = torch.empty(sum(sizes), dtype=torch.float64)
+    for name, part in zip(names, torch.split(total, sizes), strict=True):
+        _write_scaled_sum(scale, updates, name, part)
     return total, norms.masked_fill(~torch.isfinite(norms), 0.0)
 
 
@@ -51,11 +55,13 @@ def _norms(updates: Sequence[Update], names: Iterable[str]) -> torch.Tensor:
     return squares.sqrt()
 
 
-def _scaled_sum(scale: torch.Tensor, updates: Sequence[Update], name: str) -> torch.Tensor:
-    """The sum over clients of scale times value, flat; a client with scale 0 adds nothing, not even NaN."""
+def _write_scaled_sum(scale: torch.Tensor, updates: Sequence[Update], name: str, into: torch.Tensor) -> None:
+    """Write the sum over clients of scale times value; a client with scale 0 adds nothing, not even NaN."""
     counted = [place for place, factor in enumerate(scale.tolist()) if factor > 0]
     weights = scale[scale > 0]
-    return torch.cat([weights @ block for block in _blocks(updates, name, counted)])
+    places = torch.split(into, _columns(len(updates)))
+    for place, block in zip(places, _blocks(updates, name, counted), strict=True):
+        place.copy_(weights @ block)
 
 
 def _blocks(updates: Sequence[Update], name: str, places: Sequence[int]) -> Iterator[torch.Tensor]:

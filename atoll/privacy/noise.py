@@ -28,6 +28,9 @@ RandomBits = Callable[[int], NDArray[np.uint64]]
 FINENESS = 28
 """The deviation is two to this power of grid steps, or up to twice as many."""
 
+NUMBERS_AT_A_TIME = 1 << 20
+"""How many numbers' noise is drawn before it is added: the same words are read in the same order."""
+
 
 def entropy(count: int) -> NDArray[np.uint64]:
     """Random 64-bit words from the operating system's cryptographic generator, [count]."""
@@ -83,10 +86,27 @@ class Lattice:
         """Discrete Gaussian noise in units of the values, [count]; whole multiples of the granularity."""
         return self.whole_noise(count).astype(np.float64) * self.granularity
 
-    def added(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The values, rounded, with noise; the sum is exact where values stay below 2^24 deviations."""
-        rounded = np.rint(values / self.granularity) * self.granularity
-        noisy: NDArray[np.float64] = rounded + self.noise(values.size).reshape(values.shape)
+    def added(
+        self, values: NDArray[np.float64], *, into: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """The values, rounded, with noise; the sum is exact where values stay below 2^24 deviations.
+
+        It is a new array, or written into `into`, which may be `values` itself. Noise is drawn for some
+        numbers at a time, so that a large model's takes no memory of its own.
+
+        Raises:
+            ValueError: `into` is not contiguous.
+        """
+        noisy = np.empty(values.shape) if into is None else into
+        if not noisy.flags.c_contiguous:
+            raise ValueError("into must be contiguous: noise would be added to a copy")
+        np.divide(values, self.granularity, out=noisy)
+        np.rint(noisy, out=noisy)
+        noisy *= self.granularity
+        flat = noisy.reshape(-1)
+        for start in range(0, flat.size, NUMBERS_AT_A_TIME):
+            block = flat[start : start + NUMBERS_AT_A_TIME]
+            block += self.noise(block.size)
         return noisy
 
 

@@ -206,11 +206,21 @@ def test_what_is_released_is_computed_from_noisy_sums_on_the_grid() -> None:
     assert len(noise.sums) == len(noise.released) == 2 and noise.sums[0] is sums[-1]
 
 
+def test_what_is_done_with_a_release_does_not_change_the_noise_to_come() -> None:
+    sums = np.random.default_rng(1).normal(size=(4, 50))
+    kept, changed = CorrelatedNoise(3), CorrelatedNoise(3)
+    ours, theirs = Lattice(1.3, seeded(5)), Lattice(1.3, seeded(5))
+    for total in sums:
+        expected, released = kept.release(total.copy(), ours), changed.release(total.copy(), theirs)
+        assert np.array_equal(released, expected)
+        released /= 7.0
+
+
 def test_one_band_has_the_bits_of_the_independent_mechanism(tmp_path: Path) -> None:
     update = [Update("x", 1, {"w": torch.arange(40.0)}, 1)]
     mechanism = CentralGaussian(0.5, 1.1, 2.0, 1.0, seeded(3), correlation=CorrelatedNoise(1))
     assert CentralGaussian(0.5, 1.1, 2.0, 1.0, seeded(3)).correlation == CorrelatedNoise(1)
-    lattice, total = lattice_for(1.1, 0.5, 40, seeded(3)), clipped_sum(update, clipping_norm=0.5)[0]["w"]
+    lattice, total = lattice_for(1.1, 0.5, 40, seeded(3)), clipped_sum(update, clipping_norm=0.5)[0]
     for _ in range(3):
         mean = mechanism.release(update, {"w": torch.zeros(40)})[0]["w"]
         assert np.array_equal(mean.numpy(), lattice.added(total.numpy()) / 2.0)

@@ -42,6 +42,21 @@ def test_values_and_noise_lie_on_one_lattice_and_their_sum_is_exact() -> None:
     assert np.linalg.norm(np.rint(values / step) * step - values) <= lattice.rounding(1000)
 
 
+def test_noise_that_is_drawn_in_parts_and_added_in_place_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(25, 40)) * 50
+    whole = Lattice(1.7, seeded(7)).added(values)
+    assert np.array_equal(Lattice(1.7, seeded(7)).added(values, into=np.empty((25, 40))), whole)
+    monkeypatch.setattr("atoll.privacy.noise.NUMBERS_AT_A_TIME", 7)
+    before = values.copy()
+    assert np.array_equal(Lattice(1.7, seeded(7)).added(values), whole) and np.array_equal(values, before)
+    assert Lattice(1.7, seeded(7)).added(values, into=values) is values and np.array_equal(values, whole)
+
+
+def test_noise_is_added_to_no_copy() -> None:
+    with pytest.raises(ValueError, match="into must be contiguous"):
+        Lattice(1.7, seeded(7)).added(np.zeros((3, 4)), into=np.zeros((4, 3)).T)
+
+
 def test_the_lowest_bits_do_not_tell_which_of_two_values_was_hidden() -> None:
     """With plain float noise they do: 0 + noise and 1 + noise have different reachable floats."""
     lattice = Lattice(1.0, entropy)

@@ -120,8 +120,8 @@ def given_heads(
 def watched(leaving: Leaving) -> Iterator[None]:
     """Within, no mechanism's output is decided by anybody's data."""
 
-    def central(lattice: Lattice, values: Vector) -> Vector:
-        return leaving.output(("server",), values, lattice.granularity)
+    def central(lattice: Lattice, values: Vector, *, into: Vector | None = None) -> Vector:
+        return leaving.output(("server",), values.copy(), lattice.granularity).copy()
 
     def whole_model(noise: Any, total: Tensors) -> Tensors:
         step, client = noise.lattice.granularity, noise.client

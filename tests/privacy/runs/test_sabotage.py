@@ -85,8 +85,7 @@ def scaled_sum(scale_of: Callable[[Any, torch.Tensor, float], torch.Tensor]) -> 
             norms = cohort_norms(cohort)
             scale = scale_of(cohort, norms, clipping_norm)
             flat = {n: t.reshape(len(t), -1).double() for n, t in cohort.delta.items()}
-            total = {n: (scale @ flat[n]).reshape(t.shape[1:]) for n, t in cohort.delta.items()}
-            return total, norms
+            return torch.cat([scale @ flat[n] for n in sorted(flat)]), norms
 
         return clipped_sum
 
@@ -103,16 +102,17 @@ def clipped_each(updates: Any, *, clipping_norm: float) -> Any:
     for name, delta in cohort.delta.items():
         flat = delta.reshape(len(delta), -1).double()
         scale = capped(flat.norm(dim=1), clipping_norm)
-        total[name] = (scale @ torch.nan_to_num(flat)).reshape(delta.shape[1:])
-    return total, cohort_norms(cohort)
+        total[name] = scale @ torch.nan_to_num(flat)
+    return torch.cat([total[name] for name in sorted(total)]), cohort_norms(cohort)
 
 
 def clipped_after_the_sum(updates: Any, *, clipping_norm: float) -> Any:
     cohort = stacked(updates)
-    total = {n: torch.nan_to_num(t.double()).sum(0) for n, t in cohort.delta.items()}
-    norm = torch.cat([t.reshape(-1) for t in total.values()]).norm()
-    scale = len(cohort) * min(1.0, clipping_norm / max(float(norm) / len(cohort), 1e-30))
-    return {n: t * scale / len(cohort) for n, t in total.items()}, cohort_norms(cohort)
+    total = torch.cat(
+        [torch.nan_to_num(t.double()).sum(0).reshape(-1) for _, t in sorted(cohort.delta.items())]
+    )
+    scale = len(cohort) * min(1.0, clipping_norm / max(float(total.norm()) / len(cohort), 1e-30))
+    return total * scale / len(cohort), cohort_norms(cohort)
 
 
 def of_first_tensor(cohort: Any, norms: torch.Tensor, norm: float) -> torch.Tensor:
@@ -750,11 +750,15 @@ BANDED_COHORTS: dict[str, Plant] = {
 LATTICE: dict[str, Plant] = {
     "floating-point noise": wrapped(
         atoll.privacy.noise.Lattice, "added",
-        lambda original: lambda self, values: values + np.random.default_rng().normal(0, self.deviation, len(values)),
+        lambda original: lambda self, values, into=None: (
+            values + np.random.default_rng().normal(0, self.deviation, len(values))
+        ),
     ),
     "noise lost in half precision": wrapped(
         atoll.privacy.noise.Lattice, "added",
-        lambda original: lambda self, values: np.float16(original(self, values)).astype(np.float64).round(2),
+        lambda original: lambda self, values, into=None: (
+            np.float16(original(self, values)).astype(np.float64).round(2)
+        ),
     ),
 }  # fmt: skip
 

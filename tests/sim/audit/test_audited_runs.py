@@ -25,7 +25,7 @@ from atoll.privacy.clipping import clipped_sum
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import Lattice
 from atoll.protocol.messages import Update
-from atoll.protocol.tensors import Tensors, tensors_sha256
+from atoll.protocol.tensors import tensors_sha256
 from atoll.report.audit import what_the_audit_found
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.cohort import sample
@@ -95,7 +95,7 @@ def test_the_real_noise_stays_below_its_claim_and_a_quarter_of_it_does_not(
     assert broken["contradicted"]
 
 
-def unclipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Tensors, torch.Tensor]:
+def unclipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
     return clipped_sum(updates, clipping_norm=1e9)
 
 
