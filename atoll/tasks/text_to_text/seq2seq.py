@@ -132,8 +132,11 @@ def load_answerer(backbone: Backbone, job: Job, tokenizer: Any, most: int) -> An
     """
     config = _small_t5(job) if backbone.kind == "atoll" else None
     network = load_transformer(backbone, job.seed, KIND, config=config)
-    if network.config.decoder_start_token_id is None or network.config.pad_token_id is None:
-        raise WeightsError(f"{backbone.folder}/config.json: no decoder_start_token_id or no pad_token_id")
+    for key in ("decoder_start_token_id", "pad_token_id"):
+        if getattr(network.config, key, None) is None:  # transformers 5 saves a T5Config() without the first
+            raise WeightsError(
+                f"{backbone.folder}/config.json: {key} is missing, expected a token's number (0 in T5's own)"
+            )
     head = network.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise WeightsError(f"{backbone.folder}: a network without an output layer, expected a linear one")

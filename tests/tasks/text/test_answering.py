@@ -252,6 +252,20 @@ def test_a_folder_that_is_no_sequence_to_sequence_model_is_refused(tmp_path: Pat
         shard_of(learner_of(backbone={"name": "raw:pixels"}), ROWS)
 
 
+@pytest.mark.parametrize("key", ["decoder_start_token_id", "pad_token_id"])
+def test_a_network_that_does_not_say_where_answers_begin_is_refused(tmp_path: Path, key: str) -> None:
+    about = small_t5(tmp_path / "t5") / "config.json"
+    config = json.loads(about.read_text())
+    about.write_text(json.dumps({**config, key: None}))
+    with pytest.raises(WeightsError, match=f"config.json: {key} is missing, expected a token's number"):
+        learner_of(backbone={"name": str(tmp_path / "t5")}).model  # noqa: B018
+    del config[key]
+    about.write_text(json.dumps(config))
+    if key == "decoder_start_token_id":
+        with pytest.raises(WeightsError, match=f"config.json: {key} is missing, expected a token's number"):
+            learner_of(backbone={"name": str(tmp_path / "t5")}).model  # noqa: B018
+
+
 def test_options_and_augmentations_that_there_are_not_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_answer_tokens"):
         learner_of(task={"name": "question-answering", "options": {"max_answer_tokens": 0}})
