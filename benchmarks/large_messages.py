@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -28,12 +27,11 @@ from atoll.server.deploy.submit import submit
 from atoll.sim.population.population import client_names
 from atoll.sim.population.write_shards import write_shards
 from atoll.system.child_process import free_port
-from atoll.system.memory import tree_bytes
+from benchmarks.peak_memory import Held, Peak
 from benchmarks.real_round import ROOT, started, wait_online
 
 WIDTH = 256
 EXAMPLES_PER_CLIENT = 8
-SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def job_of(folder: Path, megabytes: int, clients: int, rounds: int) -> Job:
@@ -63,32 +61,6 @@ def job_of(folder: Path, megabytes: int, clients: int, rounds: int) -> Job:
         "federation": {"clients": clients, "rounds": rounds},
     }
     return Job.parse(table, origin="benchmarks.large_messages")
-
-
-Held = dict[str, tuple[float, float]]
-"""MB by who holds them."""
-
-
-class Peak(threading.Thread):
-    """The most that some processes and their descendants hold, while it runs: (in all, without files)."""
-
-    def __init__(self, processes: dict[str, int]) -> None:
-        super().__init__(daemon=True)
-        self.mb = dict.fromkeys(processes, (0.0, 0.0))
-        self._processes, self._ended = processes, threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(SECONDS_BETWEEN_LOOKS):
-            for name, process in self._processes.items():
-                whole, own = self.mb[name]
-                whole = max(whole, tree_bytes(process) / 1e6)
-                self.mb[name] = whole, max(own, tree_bytes(process, files=False) / 1e6)
-
-    def stop(self) -> Held:
-        """What was seen."""
-        self._ended.set()
-        self.join()
-        return self.mb
 
 
 def at_sites(job: Job, folder: Path) -> tuple[list[float], Held]:
