@@ -30,19 +30,29 @@ PRIVACY: dict[str, Any] = {
     "unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 1.0, "clipping_norm": 1.0,
 }  # fmt: skip
 LAST_BLOCKS = {"method": "lora", "rank": 8, "layers": 2}
-
-Subject = tuple[dict[str, int], dict[str, Any]]
-SUBJECTS: dict[str, Subject] = {
-    "bert, 2 layers": ({"num_hidden_layers": 2, "vocab_size": 8000}, {"method": "full"}),
-    "bert-base": ({}, {"method": "full"}),
-    "bert-base, LoRA": ({}, LAST_BLOCKS),
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
-"""What of BERT's configuration isn't BERT-base's, and what is tuned."""
+"""The sizes of SmolLM2-135M."""
+CHATTING = {"method": "lora", "rank": 8, "layers": 4, "targets": ["q_proj", "v_proj"]}
 
+Subject = tuple[str, dict[str, Any], dict[str, Any]]
+SUBJECTS: dict[str, Subject] = {
+    "bert, 2 layers": ("Bert", {"num_hidden_layers": 2, "vocab_size": 8000}, {"method": "full"}),
+    "bert-base": ("Bert", {}, {"method": "full"}),
+    "bert-base, LoRA": ("Bert", {}, LAST_BLOCKS),
+    "smollm2-135m, LoRA": ("Llama", SMOLLM2, CHATTING),
+}  # fmt: skip
+"""What of the configuration isn't its class's default (BERT-base), and what is tuned."""
+
+STEPS = ("step, laid out", "step, ghost norms", "plain step")
 WAYS: dict[str, tuple[str, ...]] = {
     "bert, 2 layers": ("laid out", "ghost norms"),
     "bert-base": ("ghost norms",),
-    "bert-base, LoRA": ("step, laid out", "step, ghost norms", "plain step"),
+    "bert-base, LoRA": STEPS,
+    "smollm2-135m, LoRA": STEPS,
 }
 """Of BERT-base 32 gradients take 14 GB, and their squares as much again."""
 
@@ -54,8 +64,8 @@ def job_of(subject: str, way: str, folder: Path, threads: int) -> Any:
     from atoll.backbones.small_tokenizer import own_tokenizer
     from atoll.job.job import Job
 
-    options, tune = SUBJECTS[subject]
-    transformers.BertConfig(**options).save_pretrained(folder / "network")
+    kind, options, tune = SUBJECTS[subject]
+    getattr(transformers, f"{kind}Config")(**options).save_pretrained(folder / "network")
     own_tokenizer().save_pretrained(folder / "network")
     with (folder / "texts.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -63,14 +73,18 @@ def job_of(subject: str, way: str, folder: Path, threads: int) -> Any:
         for number in range(2 * EXAMPLES):  # some are kept back
             words = [f"room {(number * 31 + place * 7) % 97} was light today" for place in range(TOKENS)]
             rows.writerow([" ".join(words), ("light", "dark")[number % 2]])
-    data = {
-        "source": str(folder / "texts.csv"), "validation_fraction": 0.0, "classes": ["dark", "light"],
-    }  # fmt: skip
+    data: dict[str, Any] = {"source": str(folder / "texts.csv"), "validation_fraction": 0.0}
+    task: dict[str, Any] = {"name": "text-classification"}
+    backbone = {"max_tokens": TOKENS}
+    if kind == "Bert":
+        data["classes"] = ["dark", "light"]
+    else:
+        task, backbone = {"name": "language-modeling", "options": {"max_tokens": TOKENS}}, {}
     private = {"privacy": PRIVACY | {"ghost_norms": "ghost" in way}} if way != "plain step" else {}
     table = {
-        "name": "ghost-norms", "seed": 1, "task": {"name": "text-classification"}, "data": data,
+        "name": "ghost-norms", "seed": 1, "task": task, "data": data,
         "tune": tune, "federation": {"clients": 1, "rounds": 1},
-        "backbone": {"name": str(folder / "network"), "weights": "random", "max_tokens": TOKENS},
+        "backbone": {"name": str(folder / "network"), "weights": "random", **backbone},
         "train": {"lr": 0.001, "batch_size": EXAMPLES, "optimizer": "sgd", "threads": threads},
     } | private  # fmt: skip
     return Job.parse(table, origin="benchmark")
