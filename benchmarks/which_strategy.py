@@ -88,7 +88,7 @@ CASES = {
     "noisy": Case("accuracy", noisy, {"fedavg": {}, "fedavgm": strategy("fedavgm")}),
     "long": Case("accuracy", long, {"fedavg": {}, "diloco": strategy("diloco")}),
     "sparse": Case(
-        "accuracy",
+        "intent_accuracy",
         sparse,
         {
             "fedavg": {},
