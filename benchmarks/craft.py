@@ -30,7 +30,7 @@ from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.results import Estimate
-from benchmarks.metrics import defined
+from benchmarks.metrics import defined, mean_and_half
 
 Table = dict[str, Any]
 
@@ -221,12 +221,6 @@ def measured(case: Case, name: str, way: str, seed: int, folder: Path) -> Measur
     result = simulate(Job.parse(table, origin=name), out, on_event=ignore_events, report=False)
     bytes_up = result.bytes_up / max(1, result.clients_trained)
     return Measured(case.of(result), bytes_up, len(result.rounds), result.seconds)
-
-
-def mean_and_half(estimate: Estimate, sign: str = "") -> str:
-    """A mean with half of its interval."""
-    half = "" if estimate.half is None else f" ± {estimate.half:.3f}"
-    return f"{estimate.mean:{sign}.3f}{half}"
 
 
 def line(name: str, runs: list[Measured], plain: list[Measured]) -> str:

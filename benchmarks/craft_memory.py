@@ -23,8 +23,8 @@ from pathlib import Path
 from atoll.job.job import Job
 from atoll.server.events import ClientsFound, Event, RoundEnded
 from atoll.sim.sweep.results import Estimate
-from benchmarks.craft import BASE, Table, mean_and_half, merged, train
-from benchmarks.metrics import defined
+from benchmarks.craft import BASE, Table, merged, train
+from benchmarks.metrics import defined, mean_and_half
 
 TEXTS: Table = {
     "name": "texts",

@@ -15,13 +15,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy import stats
-
 from atoll.job.job import Job
 from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
-from benchmarks.metrics import defined
+from atoll.sim.sweep.results import Estimate
+from benchmarks.metrics import defined, in_percent, mean_and_half
 
 SEEDS = (1, 2, 3)
 MERGES = ("average", "ffa", "rolora", "fedex", "flora", "flexlora", "fedsb")
@@ -47,12 +46,6 @@ def run(merge: str, seed: int) -> RunResult:
         return simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
 
 
-def mean_and_interval(values: Sequence[float], digits: int = 1) -> str:
-    """A mean and its interval."""
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
-
-
 def relative_error(result: RunResult) -> float:
     """The mean over rounds and layers, in percent."""
     lines = [line["aggregation_error"]["layers"].values() for line in result.rounds]
@@ -66,8 +59,8 @@ def main(names: Sequence[str]) -> None:
     for name in names or MERGES:
         found = [run(name, seed) for seed in SEEDS]
         sizes = (f"{getattr(found[0], key) / 1e6:.1f}" for key in ("bytes_up", "bytes_down"))
-        accuracy = mean_and_interval([100 * defined(result.final["server"]["accuracy"]) for result in found])
-        error = mean_and_interval([relative_error(result) for result in found], 2)
+        accuracy = in_percent([defined(result.final["server"]["accuracy"]) for result in found])
+        error = mean_and_half(Estimate.of([relative_error(result) for result in found]), digits=2)
         sys.stdout.write(f"| {name} | {accuracy} | {error} | {' | '.join(sizes)} |\n")
         sys.stdout.flush()
 

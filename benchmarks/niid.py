@@ -7,8 +7,8 @@ all of them in each of 50 rounds, 10 local epochs of SGD in batches of 64 with a
 momentum .9, `atoll:lenet`, and each class dealt by Dirichlet(.5) among the clients that don't have a tenth of
 all examples yet, again until every client has ten. A figure is the accuracy on Fashion-MNIST's test part, in
 percent: the best of all rounds, which is what the published figures are, and the last round's. A cell takes
-more than an hour on one core; with `--out` a run that was killed goes on. It needs Debian's package
-dataset-fashion-mnist.
+more than an hour on one core; with `--out` a run that was killed goes on. With several seeds a row has their
+mean and its 95 % interval. It needs Debian's package dataset-fashion-mnist.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from atoll.data.dataset import Dataset
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
-from benchmarks.metrics import defined
+from atoll.sim.sweep.results import Estimate
+from benchmarks.metrics import defined, mean_and_half
 
 CLIENTS, ALPHA, LEAST = 10, 0.5, 10
 
@@ -96,11 +97,21 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = chosen.out or Path(folder)
         for name in chosen.only.split(","):
+            best, last = [], []
             for seed in range(1, chosen.seeds + 1):
                 found = accuracies(STRATEGIES[name], seed, chosen.rounds, out / f"{name}-{seed}")
-                cells = (name, seed, chosen.rounds, f"{max(found):.2f}", f"{found[-1]:.2f}", PUBLISHED[name])
-                sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
-                sys.stdout.flush()
+                best.append(max(found))
+                last.append(found[-1])
+                show(name, str(seed), chosen.rounds, f"{best[-1]:.2f}", f"{last[-1]:.2f}")
+            if chosen.seeds > 1:
+                means = (mean_and_half(Estimate.of(values), digits=2) for values in (best, last))
+                show(name, f"1 to {chosen.seeds}", chosen.rounds, *means)
+
+
+def show(name: str, seed: str, rounds: int, best: str, last: str) -> None:
+    """Print a row."""
+    sys.stdout.write(f"| {name} | {seed} | {rounds} | {best} | {last} | {PUBLISHED[name]} |\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

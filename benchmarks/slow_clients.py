@@ -22,8 +22,8 @@ from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import client_names
-from benchmarks.metrics import defined
-from benchmarks.unlike_shards import SEEDS, mean_and_interval
+from benchmarks.metrics import defined, in_percent
+from benchmarks.unlike_shards import SEEDS
 
 CLIENTS, BATCH = 10, 16
 SECONDS = (1000, 2000, 4000)
@@ -88,7 +88,7 @@ def main(names: Sequence[str]) -> None:
     sys.stdout.write(f"| strategy | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n")
     for name in names or WAYS:
         found = [accuracies(name, seed) for seed in SEEDS]
-        cells = [mean_and_interval(after) for after in zip(*found, strict=True)]
+        cells = [in_percent(after) for after in zip(*found, strict=True)]
         sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
 

@@ -9,19 +9,16 @@ seeds with its 95 % t-interval; a seed's data, cohorts and batches are the same 
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
-from benchmarks.metrics import defined
+from benchmarks.metrics import defined, in_percent
 
 SEEDS = (1, 2, 3, 4, 5)
 ROUNDS = (10, 30)
@@ -63,12 +60,6 @@ def accuracies(strategy: dict[str, Any], cohort: int, seed: int) -> list[float]:
     return [defined(result.rounds[round - 1]["metrics"]["accuracy"]) for round in ROUNDS]
 
 
-def mean_and_interval(values: Sequence[float]) -> str:
-    """A mean and its interval, in percent."""
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{100 * statistics.mean(values):.1f} ± {100 * half:.1f}"
-
-
 def main(names: Sequence[str]) -> None:
     """Print the table, a row a strategy."""
     columns = [f"{cohort} of 10, round {round}" for cohort in COHORTS for round in ROUNDS]
@@ -77,7 +68,7 @@ def main(names: Sequence[str]) -> None:
         cells = []
         for cohort in COHORTS:
             found = [accuracies(STRATEGIES[name], cohort, seed) for seed in SEEDS]
-            cells += [mean_and_interval(after) for after in zip(*found, strict=True)]
+            cells += [in_percent(after) for after in zip(*found, strict=True)]
         sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
 

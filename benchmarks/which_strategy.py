@@ -59,7 +59,7 @@ def sparse(folder: Path) -> Table:
         "backbone": {"name": "atoll:small-text", "weights": "random"},
         "tune": {"method": "full"},
         "train": {"lr": 0.1, "batch_size": 16},
-        "federation": {"clients": 10, "rounds": 20},
+        "federation": {"clients": 10, "rounds": 5},
     }
 
 

@@ -23,9 +23,8 @@ from atoll.job.job import Job
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import client_names
-from benchmarks.metrics import defined
+from benchmarks.metrics import defined, in_percent
 from benchmarks.slow_clients import written
-from benchmarks.unlike_shards import mean_and_interval
 
 SEEDS = range(1, 21)
 CLIENTS, COHORT = 30, 3
@@ -87,7 +86,7 @@ def main(names: Sequence[str]) -> None:
     sys.stdout.write(f"| `selection` | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n")
     for name in names or RULES:
         found = [measured(RULES[name], seed) for seed in SEEDS]
-        cells = [mean_and_interval(values) for values in zip(*found, strict=True)]
+        cells = [in_percent(values) for values in zip(*found, strict=True)]
         sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
 

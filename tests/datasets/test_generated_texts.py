@@ -8,6 +8,7 @@ import pytest
 
 from atoll.datasets.synthetic.commands import INTENTS, SLOTS, generated_commands
 from atoll.datasets.synthetic.questions import KINDS, generated_questions
+from atoll.datasets.synthetic.reports import generated_reports
 from atoll.tasks.token_classification.metrics import spans
 
 
@@ -25,7 +26,7 @@ def rows(splits: dict[str, pa.Table]) -> list[dict]:
     return pa.concat_tables(splits.values()).to_pylist()
 
 
-@pytest.mark.parametrize("make", [generated_questions, generated_commands])
+@pytest.mark.parametrize("make", [generated_questions, generated_commands, generated_reports])
 def test_a_seed_gives_the_same_texts_and_another_gives_others(make):
     assert rows(make(3, 60)) == rows(make(3, 60)) != rows(make(4, 60))
 
@@ -91,3 +92,26 @@ def test_the_test_split_has_every_intent_and_speakers_differ_in_theirs():
     favourites = [max(own.count(intent) for intent in INTENTS) / len(own) for own in wanted.values()]
     # Drawn alike, an intent would be an eighth of what a speaker says.
     assert sum(favourites) / len(favourites) > 0.3
+
+
+def test_the_line_in_the_log_says_what_a_report_says_and_no_word_of_it_suffices():
+    reports = generated_reports()
+    assert [table.num_rows for table in reports.values()] == [3200, 800]
+    in_short = {
+        "lost oil": "oil", "got hot": "heat", "made a noise": "noise", "shook": "shaking",
+        "stood still": "stop", "changed the belt": "new belt", "cleaned it": "cleaned",
+        "called the firm": "firm called", "turned it off": "off",
+    }  # fmt: skip
+    for row in rows(reports):
+        trouble = re.search(r"The (\w+ \d) ([a-z ]+)\.", row["source"])
+        deed = re.search(r"We ([a-z ]+)\.", row["source"])
+        assert trouble and deed and len(re.findall(r"The \w+ \d ", row["source"])) == 1
+        assert row["target"] == f"{trouble[1]}: {in_short[trouble[2]]}, {in_short[deed[1]]}"
+        fine = re.search(r"The (\w+) ran well\.", row["source"])
+        assert fine is None or not row["target"].startswith(fine[1])
+        assert 3 <= row["source"].count(".") <= 5
+    firsts = {row["source"].split(". ")[0] for row in rows(reports)}
+    lasts = {row["source"].rstrip(".").split(". ")[-1] for row in rows(reports)}
+    assert "Lunch was late" in firsts & lasts and "We cleaned it" in lasts
+    assert any(re.fullmatch(r"The saw \d shook", sentence) for sentence in firsts)
+    assert {row["workshop"] for row in rows(reports)} == {f"workshop-{number}" for number in range(6)}
