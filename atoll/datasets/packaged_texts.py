@@ -50,6 +50,29 @@ def rated_snippets(offline: bool = False, progress: Progress | None = None) -> d
     return {"train": pa.table(columns)}
 
 
+SNIPPETS_EACH = 8
+"""Of an author in `asked_snippets`: the first ones, as many as a laptop tunes a language model to."""
+_RATINGS = ("positive", "negative")
+
+
+def asked_snippets(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
+    """Snippets of authors who are known, asked about: `rated_snippets`' columns, question, choices, answer.
+
+    Authors are reviews and editorials of `SNIPPETS_EACH` snippets or more. The answer is the place of the
+    label in the choices, from 0.
+    """
+    rows = rated_snippets(offline, progress)["train"].to_pylist()
+    by_author: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["author"] != row["kind"]:
+            by_author.setdefault(row["author"], []).append(row)
+    chosen = [row for own in by_author.values() if len(own) >= SNIPPETS_EACH for row in own[:SNIPPETS_EACH]]
+    for row in chosen:
+        row["question"] = f'Is this sentence positive or negative? "{row["text"]}"'
+        row["choices"], row["answer"] = list(_RATINGS), _RATINGS.index(row["label"])
+    return {"train": pa.Table.from_pylist(chosen)}
+
+
 def _lines(path: Path, member: str) -> Iterator[tuple[str, list[str]]]:
     """A file's lines of three columns, each with the words that name it."""
     with tarfile.open(path, "r:gz") as archive:

