@@ -91,7 +91,7 @@ def wav2vec2_base(folder: Path) -> Table:
     (folder / "data" / "data.jsonl").write_text("".join(lines))
     transformers.Wav2Vec2Config().save_pretrained(folder / "network")
     return {
-        "task": {"name": "speech-recognition", "options": {"max_seconds": 1.0}},
+        "task": {"name": "speech-recognition", "options": {"max_seconds": 1.0, "letters": "abo"}},
         "data": {"source": str(folder / "data"), "test_fraction": 0.0},
         "backbone": {"name": str(folder / "network"), "weights": "random"},
     }
