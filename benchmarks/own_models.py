@@ -1,14 +1,12 @@
 """What clients gain by models of their own: mean accuracy at the clients, each with the model it would use.
 
-    python -m benchmarks.own_models [CASE …] [--seeds 5]        # classes, groups, names
+    python -m benchmarks.own_models [CASE …] [--seeds 5]        # classes, groups
 
 `classes`: ten clients with two of MNIST's ten digits each, 30 pictures of a digit at a client, LeNet-5 from
 nothing. `groups`: twelve clients with all digits (8 x 8), in four groups whose pictures are turned by 0, 90,
-180 and 270 degrees, as in IFCA's paper; a linear head on pixels. `names`: twenty clients with two digits,
-20 pictures of a digit, which a client calls "this" and "that", so that what one calls "this" another may call
-"that"; LeNet-5 from nothing. Three in ten of a client's examples are kept back, of `names` five, and accuracy
-is on these. A seed starts the model anew, and deals the data of `classes` anew. Intervals are Student's, 95 %
-over seeds; "gain" is the mean of the differences to the first row's run of the same seed.
+180 and 270 degrees, as in IFCA's paper; a linear head on pixels. Three in ten of a client's examples are kept
+back, and accuracy is on these. A seed starts the model anew, and deals the data of `classes` anew. Intervals
+are Student's, 95 % over seeds; "gain" is the mean of the differences to the first row's run of the same seed.
 """
 
 from __future__ import annotations
@@ -26,9 +24,6 @@ from benchmarks.craft_personal import TWO_CLASSES, at_the_clients
 CLIENTS_A_GROUP = 3
 TURNS = (0, 90, 180, 270)
 """Degrees."""
-NAMING_CLIENTS = 20
-PICTURES_OF_A_DIGIT = 20
-CALLED = ("this", "that")
 
 
 def classes(folder: Path) -> Table:
@@ -67,35 +62,6 @@ def groups(folder: Path) -> Table:
     }  # fmt: skip
 
 
-def names(folder: Path) -> Table:
-    """Pairs of digits, of which each client calls one "this" and one "that"."""
-    from atoll.datasets.registry import load_source
-
-    source = folder / "named"
-    if not source.exists():
-        draw = np.random.default_rng(0)
-        by_digit: dict[str, list[Table]] = {digit: [] for digit in "0123456789"}
-        for row in load_source("mnist-5k")["train"].to_pylist():
-            by_digit[row["label"]].append(row["image"])
-        pictures = [
-            {"image": by_digit[digit][place], "label": label, "site": f"site-{client:02}"}
-            for client in range(NAMING_CLIENTS)
-            for digit, label in zip(draw.choice(list(by_digit), 2, replace=False), CALLED, strict=True)
-            for place in draw.choice(len(by_digit[digit]), PICTURES_OF_A_DIGIT, replace=False)
-        ]
-        _save(pictures, source)
-    return {
-        "data": {
-            "source": str(source), "classes": CALLED, "validation_fraction": 0.5,
-            "partition": {"kind": "natural", "by": "site"}, "test_fraction": 0.0,
-        },
-        "backbone": {"name": "atoll:lenet", "weights": "random"},
-        "tune": {"method": "full"},
-        "train": {"lr": 0.05, "batch_size": 10, "epochs": 2},
-        "federation": {"clients": NAMING_CLIENTS, "rounds": 40},
-    }  # fmt: skip
-
-
 def _save(pictures: list[Table], where: Path) -> None:
     """Write pictures with a label and a site as a saved dataset."""
     features = datasets.Features(
@@ -125,9 +91,7 @@ WAYS: dict[str, Table] = {
     "APFL, mixing 0.5": {"personal": {"keep": "mixture", "method": "apfl"}},
     "alone": {"personal": {"keep": "mixture", "pull": 0.0}},
 }
-"""What can be tried where clients differ."""
-MET_AGAIN = {name: way for name, way in WAYS.items() if "ifca" not in name}
-"""Where there are no groups."""
+"""Both cases have these."""
 OWN_HEADS: dict[str, Table] = {
     "own head (FedPer)": {"personal": {"keep": "head"}},
     "own head (FedRep)": {"personal": {"keep": "head", "head_epochs": 2}},
@@ -137,7 +101,6 @@ OWN_HEADS: dict[str, Table] = {
 CASES = {
     "classes": Case("at clients", classes, WAYS | OWN_HEADS, at_the_clients),
     "groups": Case("at clients", groups, WAYS, at_the_clients),
-    "names": Case("at clients", names, MET_AGAIN | OWN_HEADS, at_the_clients),
 }
 
 

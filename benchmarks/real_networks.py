@@ -11,6 +11,8 @@ import numpy as np
 
 Table = dict[str, Any]
 EXAMPLES = 24
+SCENES = 12
+"""For detectors and segmenters, which take seconds for each."""
 
 
 def written(folder: Path, task: Table, rows: Any, backbone: Table, **data: Any) -> Table:
@@ -124,7 +126,7 @@ def shapes(task: Table, name: str) -> Callable[[Path], Table]:
     def tables(folder: Path) -> Table:
         from atoll.datasets.synthetic.shapes import generated_shapes
 
-        rows = generated_shapes(0, EXAMPLES * 5 // 4)["train"]
+        rows = generated_shapes(0, SCENES * 5 // 4)["train"]
         return written(folder, task, rows, {"name": f"torchvision:{name}", "weights": "random"})
 
     return tables
