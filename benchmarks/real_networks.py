@@ -11,7 +11,7 @@ import numpy as np
 
 Table = dict[str, Any]
 EXAMPLES = 24
-SCENES = 12
+SCENES = 4
 """For detectors and segmenters, which take seconds for each."""
 
 

@@ -38,10 +38,9 @@ WAYS: dict[str, dict[str, Any]] = {
         "privacy": PRIVATE | {"unit": "example", "sampling_rate": 0.4, "steps": 3},
     },
 }
-ROUNDS = 2
 
 
-def run(subject: str, way: str, workers: int, optimizer: str) -> dict[str, Any]:
+def run(subject: str, way: str, workers: int, optimizer: str, rounds: int) -> dict[str, Any]:
     """Play the job in this process, which has done nothing before; `refused` says why a job can't be."""
     import logging
     import warnings
@@ -59,7 +58,7 @@ def run(subject: str, way: str, workers: int, optimizer: str) -> dict[str, Any]:
         folder = Path(name)
         table = {
             "name": "real-size", "seed": 1, "train": {"lr": LR, "batch_size": 4, "optimizer": optimizer},
-            "federation": {"clients": 2, "rounds": ROUNDS},
+            "federation": {"clients": 2, "rounds": rounds},
         } | SUBJECTS[subject](folder) | WAYS[way]  # fmt: skip
         peak = Peak({"run": os.getpid()})
         before = peak.look()["run"]
@@ -78,7 +77,7 @@ def run(subject: str, way: str, workers: int, optimizer: str) -> dict[str, Any]:
         "held_mb": whole,
         "own_mb": own - before[1],
         "network_mb": sum(t.numel() * t.element_size() for t in tensors) / 1e6,
-        "sent_mb": result.bytes_up / ROUNDS / 2 / 1e6,
+        "sent_mb": result.bytes_up / rounds / 2 / 1e6,
     }
 
 
@@ -107,11 +106,12 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--optimizer", default="sgd")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         subject, way = given.one
-        sys.stdout.write(json.dumps(run(subject, way, given.workers, given.optimizer)) + "\n")
+        sys.stdout.write(json.dumps(run(subject, way, given.workers, given.optimizer, given.rounds)) + "\n")
         return
     sys.stdout.write("| network | MB | tuned | sent by a client | memory | times the model | seconds |\n")
     sys.stdout.write("|---|---|---|---|---|---|---|\n")
