@@ -116,6 +116,8 @@ def _imports(root: Path, declared: Declared) -> tuple[list[Import], list[Import]
     def imported(folders: Iterable[str], ours: set[str]) -> Iterator[Import]:
         for path in (path for folder in folders for path in sorted(python_files(root / folder))):
             name = path.relative_to(root).as_posix()
+            if "/." in name:
+                continue  # what tools keep there, such as the benchmarks' environments
             if not any(path.is_relative_to(root / other) for other in declared.elsewhere):
                 modules = set(modules_of(ast.parse(path.read_text("utf-8"), name)))
                 yield from (Import(name, module) for module in sorted(modules - ours))

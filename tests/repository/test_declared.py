@@ -54,6 +54,12 @@ def test_a_project_that_declares_what_it_imports_passes(tmp_path: Path) -> None:
     assert findings_in(tmp_path) == []
 
 
+def test_what_tools_keep_in_hidden_folders_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "tests" / ".environments").mkdir(parents=True)
+    (tmp_path / "tests" / ".environments" / "other.py").write_bytes(b"# \xa4\nimport scipy")
+    assert findings_in(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("path", "text", "said"),
     [
