@@ -40,8 +40,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(subject: str, way: str, workers: int, optimizer: str, rounds: int) -> dict[str, Any]:
-    """Play the job in this process, which has done nothing before; `refused` says why a job can't be."""
+def run(subject: str, way: str, workers: int, optimizer: str, rounds: int, size_mb: float) -> dict[str, Any]:
+    """Play the job in this process, which has done nothing before; `refused` says why a job can't be.
+
+    `size_mb` is the network's size, or 0 where it is to be found out.
+    """
     import logging
     import warnings
 
@@ -71,32 +74,34 @@ def run(subject: str, way: str, workers: int, optimizer: str, rounds: int) -> di
         except InputError as error:
             return {"refused": str(error)}
         whole, own = peak.stop()["run"]
-        tensors = tensors_of(trained(folder / "run")[0].model).values()
+        if not size_mb:
+            tensors = tensors_of(trained(folder / "run")[0].model).values()
+            size_mb = sum(t.numel() * t.element_size() for t in tensors) / 1e6
     return {
         "seconds": result.seconds,
         "held_mb": whole,
         "own_mb": own - before[1],
-        "network_mb": sum(t.numel() * t.element_size() for t in tensors) / 1e6,
+        "network_mb": size_mb,
         "sent_mb": result.bytes_up / rounds / 2 / 1e6,
     }
 
 
-def played(subject: str, way: str, options: list[str]) -> tuple[str, str]:
-    """(a line of the table, why there is none of it or nothing), from a process of its own."""
+def played(subject: str, way: str, options: list[str]) -> tuple[str, str, float]:
+    """(a line of the table, why there is nothing in it, the network's MB), from a process of its own."""
     command = [sys.executable, "-m", "benchmarks.real_size", "--one", subject, way, *options]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or [f"ended by signal {-ended.returncode}"])[-1]
-        return f"| {subject} | | {way} | failed | | | |", f"{subject}, {way}: {last}"
+        return f"| {subject} | | {way} | failed | | | |", f"{subject}, {way}: {last}", 0
     found = json.loads(ended.stdout.splitlines()[-1])
     if "refused" in found:
-        return f"| {subject} | | {way} | refused | | | |", f"{subject}, {way}: {found['refused']}"
+        return f"| {subject} | | {way} | refused | | | |", f"{subject}, {way}: {found['refused']}", 0
     line = (
         f"| {subject} | {found['network_mb']:.0f} | {way} | {found['sent_mb']:.2f} MB"
         f" | {found['held_mb']:.0f} MB | {found['own_mb'] / found['network_mb']:.1f}"
         f" | {found['seconds']:.0f} |"
     )
-    return line, ""
+    return line, "", found["network_mb"]
 
 
 def main() -> None:
@@ -108,19 +113,22 @@ def main() -> None:
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--size-mb", type=float, default=0.0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         subject, way = given.one
-        sys.stdout.write(json.dumps(run(subject, way, given.workers, given.optimizer, given.rounds)) + "\n")
+        found = run(subject, way, given.workers, given.optimizer, given.rounds, given.size_mb)
+        sys.stdout.write(json.dumps(found) + "\n")
         return
     sys.stdout.write("| network | MB | tuned | sent by a client | memory | times the model | seconds |\n")
     sys.stdout.write("|---|---|---|---|---|---|---|\n")
     reasons = []
+    options = ["--workers", str(given.workers), "--optimizer", given.optimizer, "--rounds", str(given.rounds)]
     for subject in given.only:
+        size_mb = 0.0
         for way in given.ways:
-            line, why = played(
-                subject, way, ["--workers", str(given.workers), "--optimizer", given.optimizer]
-            )
+            line, why, found_mb = played(subject, way, [*options, "--size-mb", str(size_mb)])
+            size_mb = size_mb or found_mb
             reasons += [why] if why else []
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
