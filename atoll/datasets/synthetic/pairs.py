@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 
@@ -30,15 +32,29 @@ def generated_pairs(seed: int = 0, count: int = 4000) -> dict[str, pa.Table]:
     """
     rng = np.random.default_rng(stream_seed(seed, "generated-pairs"))
     tastes = rng.dirichlet(np.full(len(_PLACES), _TASTE), _OFFICES)
+
+    def draw(office: int) -> tuple[str, str]:
+        return _pair(rng, str(rng.choice(list(_PLACES), p=tastes[office])))
+
+    return pairs_by_site("office", _OFFICES, count, rng, draw)
+
+
+def pairs_by_site(
+    site: str, sites: int, count: int, rng: np.random.Generator, draw: Callable[[int], tuple[str, str]]
+) -> dict[str, pa.Table]:
+    """`count` different sources with targets: columns source, target, and one called as `site`.
+
+    A site is drawn for each, and `draw` makes its (source, target) from the site's number.
+    """
     pairs: dict[str, tuple[str, str]] = {}
     while len(pairs) < count:
-        office = int(rng.integers(_OFFICES))
-        source, target = _pair(rng, str(rng.choice(list(_PLACES), p=tastes[office])))
-        pairs.setdefault(source, (target, f"office-{office}"))
+        number = int(rng.integers(sites))
+        source, target = draw(number)
+        pairs.setdefault(source, (target, f"{site}-{number}"))
     columns = {
         "source": list(pairs),
         "target": [target for target, _ in pairs.values()],
-        "office": [office for _, office in pairs.values()],
+        site: [name for _, name in pairs.values()],
     }
     return cut(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from atoll.datasets.synthetic.drawing import cut
+from atoll.datasets.synthetic.pairs import pairs_by_site
 from atoll.protocol.random_streams import stream_seed
 
 _MACHINES = ("press", "saw", "mill", "drill", "crane", "lathe", "oven", "pump")
@@ -34,17 +34,7 @@ def generated_reports(seed: int = 0, count: int = 4000) -> dict[str, pa.Table]:
     """
     rng = np.random.default_rng(stream_seed(seed, "generated-reports"))
     tastes = rng.dirichlet(np.full(len(_MACHINES), _TASTE), _WORKSHOPS)
-    reports: dict[str, tuple[str, str]] = {}
-    while len(reports) < count:
-        workshop = int(rng.integers(_WORKSHOPS))
-        source, target = _report(rng, tastes[workshop])
-        reports.setdefault(source, (target, f"workshop-{workshop}"))
-    columns = {
-        "source": list(reports),
-        "target": [target for target, _ in reports.values()],
-        "workshop": [workshop for _, workshop in reports.values()],
-    }
-    return cut(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}))
+    return pairs_by_site("workshop", _WORKSHOPS, count, rng, lambda workshop: _report(rng, tastes[workshop]))
 
 
 def _report(rng: np.random.Generator, taste: NDArray[np.float64]) -> tuple[str, str]:
