@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_networks import encoder
+
 EXAMPLES = 32
 TOKENS = 64
 PRIVACY: dict[str, Any] = {
@@ -59,14 +61,10 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 def job_of(subject: str, way: str, folder: Path, threads: int) -> Any:
     """The job of a subject with 32 examples in a file."""
-    import transformers
-
-    from atoll.backbones.small_tokenizer import own_tokenizer
     from atoll.job.job import Job
 
     kind, options, tune = SUBJECTS[subject]
-    getattr(transformers, f"{kind}Config")(**options).save_pretrained(folder / "network")
-    own_tokenizer().save_pretrained(folder / "network")
+    network = encoder(folder, f"{kind}Config", **options)
     with (folder / "texts.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("text", "label"))
@@ -84,7 +82,7 @@ def job_of(subject: str, way: str, folder: Path, threads: int) -> Any:
     table = {
         "name": "ghost-norms", "seed": 1, "task": task, "data": data,
         "tune": tune, "federation": {"clients": 1, "rounds": 1},
-        "backbone": {"name": str(folder / "network"), "weights": "random", **backbone},
+        "backbone": {"name": network, "weights": "random", **backbone},
         "train": {"lr": 0.001, "batch_size": EXAMPLES, "optimizer": "sgd", "threads": threads},
     } | private  # fmt: skip
     return Job.parse(table, origin="benchmark")

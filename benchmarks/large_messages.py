@@ -20,7 +20,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from atoll.backbones.small_tokenizer import own_tokenizer
 from atoll.job.job import Job
 from atoll.server.deploy.provision import provision
 from atoll.server.deploy.submit import submit
@@ -28,6 +27,7 @@ from atoll.sim.population.population import client_names
 from atoll.sim.population.write_shards import write_shards
 from atoll.system.child_process import free_port
 from benchmarks.peak_memory import Held, Peak
+from benchmarks.real_networks import encoder
 from benchmarks.real_round import ROOT, started, wait_online
 
 WIDTH = 256
@@ -36,16 +36,12 @@ EXAMPLES_PER_CLIENT = 8
 
 def job_of(folder: Path, megabytes: int, clients: int, rounds: int) -> Job:
     """Full tuning of a network of that size."""
-    from transformers import BertConfig
-
     network = folder / "network"
     if not network.exists():
-        config = BertConfig(
-            vocab_size=megabytes * 10**6 // 4 // WIDTH, hidden_size=WIDTH, num_hidden_layers=1,
-            num_attention_heads=4, intermediate_size=WIDTH, max_position_embeddings=64,
+        encoder(
+            folder, "BertConfig", vocab_size=megabytes * 10**6 // 4 // WIDTH, hidden_size=WIDTH,
+            num_hidden_layers=1, num_attention_heads=4, intermediate_size=WIDTH, max_position_embeddings=64,
         )  # fmt: skip
-        config.save_pretrained(network)
-        own_tokenizer().save_pretrained(network)
         rows = [
             f"the room was {('light', 'dark')[n % 2]} at {n},{n % 2}" for n in range(16 * EXAMPLES_PER_CLIENT)
         ]

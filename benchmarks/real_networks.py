@@ -33,7 +33,7 @@ def written(folder: Path, task: Table, rows: Any, backbone: Table, **data: Any) 
 
 
 def encoder(folder: Path, config: str, **options: Any) -> str:
-    """A transformers folder without weights: the class's own default sizes, a small tokenizer."""
+    """A transformers folder without weights: the class's own sizes but for `options`, a small tokenizer."""
     import transformers
 
     from atoll.backbones.small_tokenizer import own_tokenizer
