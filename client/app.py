@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -111,7 +112,8 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     site = site_of(job, context)
     if to_do := [name for name in clients if name not in answered]:
         with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(to_do)}"):
-            for reply in site.answer(request, to_do):
+            for made in site.answer(request, to_do):
+                reply = made if isinstance(made, Failure) else replace(made, run=request.run)
                 encoded = encode_reply(reply)
                 if site.audit is not None:
                     site.audit.answered(job, request, reply, *encoded)

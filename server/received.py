@@ -139,6 +139,8 @@ class Replies:
             return Failure(name, _unreadable(error))
         if reply.client != name:
             return Failure(name, f"its reply is that of {cleaned(reply.client, 100)!r}")
+        if self.check is not None and not isinstance(reply, Failure) and reply.run != self.check.expected.run:
+            return Failure(name, "its reply was made for another run")
         greeted = self.greeted.get(name, 0)
         if greeted and isinstance(reply, Update | Measurement) and reply.num_examples > greeted:
             return Failure(name, f"{reply.num_examples} examples in its reply, {greeted} in its greeting")

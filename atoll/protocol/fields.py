@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from atoll.errors import DataError
 from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
 
-VERSION = 2
+VERSION = 3
 """The version of the messages; a server and a client with different versions do not work together."""
 
 SHARED = {"travels": "in the body"}

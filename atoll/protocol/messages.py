@@ -70,6 +70,8 @@ class Update:
     num_examples: int
     states: Tensors = field(default_factory=dict, metadata=SHARED)
     strategy_tensors: Tensors = field(default_factory=dict, metadata=SHARED)
+    run: str = ""
+    """The run whose request it answers, as its site tells; empty in simulation."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Measurement:
     round: int
     num_examples: int
     states: Tensors = field(metadata=SHARED)
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class SecureMessage:
     client: str
     round: int
     content: Tensors = field(metadata=SHARED)
+    run: str = ""
 
 
 Reply = Update | Measurement | Failure | SecureMessage

@@ -50,9 +50,11 @@ def simulate(first: int, number: int) -> int:
     for kind in POINTS:
         console.print(f"  {whole.happened[kind]:6} {kind}", markup=False)
     console.print(f"{whole.forged}")
-    console.print(f"{len(whole.failures)} failures")
     for kind in whole.never:
         console.print(f"no fault of this kind ever happened: {kind}", markup=False)
+    for outcome in whole.failures[:SHOWN]:  # once more, for logs are cut from above
+        console.print(f"{outcome}\n", markup=False)
+    console.print(f"{len(whole.failures)} failures")
     return 1 if whole.failures or (whole.never and number >= MANY) else 0
 
 

@@ -44,6 +44,8 @@ FAILED_ONCE = {
     55007374707693211: ("killed at a rename", "power lost at a rename"),
     # three messages were known to be lost, and the pause had doubled for each: no time for a fourth
     3120415195290368863: ("power lost at a rename", "request dropped"),
+    # begun anew after a death, the run took a site's update of the run before: nothing in it told them apart
+    1403510323188053597: ("push broken off", "reply of an earlier round", "request dropped"),
 }
 """By the seed, the faults that it took."""
 

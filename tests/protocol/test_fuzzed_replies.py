@@ -32,7 +32,7 @@ EXCHANGE = Exchange("run", ROUND, "nonce")
 MODEL = {"w": torch.zeros(3), "b": torch.zeros(2, 2)}
 UPDATE = Update(
     NAME, ROUND, {"w": torch.ones(3), "b": torch.ones(2, 2)}, EXAMPLES,
-    {"train_loss.sum": torch.tensor(3.0), "train_loss.count": torch.tensor(12)},
+    {"train_loss.sum": torch.tensor(3.0), "train_loss.count": torch.tensor(12)}, run=EXCHANGE.run,
 )  # fmt: skip
 HELLO = Hello(NAME, {"classes": [str(digit) for digit in range(10)]}, EXAMPLES)
 MOST_TIMES, MOST_BYTES = 40, 2**17

@@ -120,17 +120,17 @@ def test_a_hello_survives_the_wire() -> None:
     ("head", "body", "pattern"),
     [
         ("{", b"", "malformed message head"),
-        ("[]", b"", "message version: expected 2"),
-        ('{"version": 1, "kind": "Update"}', b"", "expected 2, found 1"),  # row 65
-        ('{"version": 2, "kind": "Pickle"}', to_bytes({}), "unknown kind"),
-        ('{"version": 2, "kind": "Update"}', to_bytes({}), "malformed Update"),
-        ('{"version": 2, "kind": "Failure"}', b"\x80\x04cos\nsystem", "not a safetensors message"),  # row 61
+        ("[]", b"", "message version: expected 3"),
+        ('{"version": 1, "kind": "Update"}', b"", "expected 3, found 1"),  # row 65
+        ('{"version": 3, "kind": "Pickle"}', to_bytes({}), "unknown kind"),
+        ('{"version": 3, "kind": "Update"}', to_bytes({}), "malformed Update"),
+        ('{"version": 3, "kind": "Failure"}', b"\x80\x04cos\nsystem", "not a safetensors message"),  # row 61
         (
-            '{"version": 2, "kind": "Failure"}',
+            '{"version": 3, "kind": "Failure"}',
             struct.pack("<Q", 2**60),
             "not a safetensors message",
         ),  # row 54
-        ('{"version": 2, "kind": "Failure"}', b"", "not a safetensors message"),
+        ('{"version": 3, "kind": "Failure"}', b"", "not a safetensors message"),
     ],
 )
 def test_a_malformed_message_is_one_typed_error(head: str, body: bytes, pattern: str) -> None:
@@ -139,10 +139,10 @@ def test_a_malformed_message_is_one_typed_error(head: str, body: bytes, pattern:
 
 
 def as_json(**fields: Any) -> str:
-    return json.dumps({"version": 2} | fields)
+    return json.dumps({"version": 3} | fields)
 
 
-UPDATE = {"kind": "Update", "client": "c", "round": 1, "num_examples": 3}
+UPDATE = {"kind": "Update", "client": "c", "round": 1, "num_examples": 3, "run": "r"}
 TRAIN = {"kind": "TrainRequest", "job": "{}", "job_hash": "h", "round": 1, "data_info": {}, "run": "r"}
 KEYS = TRAIN | {"kind": "KeysRequest", "attempt": 1, "threshold": 3}
 

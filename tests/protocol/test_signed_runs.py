@@ -93,6 +93,16 @@ def with_other_body(played: Played, reply: RecordDict) -> RecordDict:
     return content
 
 
+def made_for_another_run(played: Played, reply: RecordDict) -> RecordDict:
+    """What says that it was made for a run before, signed by its site as its answer to this request."""
+    seal, (heads, bodies) = seal_of(reply), unpacked(reply)
+    assert seal is not None
+    stale = {name: json.dumps(json.loads(head) | {"run": "x"}) for name, head in heads.items()}
+    content = packed(stale, bodies_of(bodies))
+    add_seal(content, seal)
+    return sealed_again(played, content)
+
+
 def sent_before(played: Played, reply: RecordDict) -> RecordDict:
     """The first update of all, again and again."""
     played.earlier.append(reply)
@@ -104,6 +114,7 @@ WAYS: dict[str, tuple[Callable[[Played, RecordDict], RecordDict], str]] = {
     "another run": (lambda p, r: sealed_again(p, r, run="x"), "answers a request of another run"),
     "another round": (lambda p, r: sealed_again(p, r, round=7), "answers a request of round 7"),
     "another request": (lambda p, r: sealed_again(p, r, nonce="x"), "answers another request of this round"),
+    "an update of another run": (made_for_another_run, "its reply was made for another run"),
     "another site's key": (by_another_site, "is not what its site has signed"),
     "another body": (with_other_body, "is not what its site has signed"),
 }

@@ -316,7 +316,7 @@ def test_a_reason_of_20_megabytes_is_one_short_line_without_control_characters(
             return FORGED
         if kind == "query":
             return greeting(refusal=FORGED[:8_000_000])(reply)
-        failure = {"kind": "Failure", "version": 2, "client": HOSTILE, "reason": FORGED}
+        failure = {"kind": "Failure", "version": 3, "client": HOSTILE, "reason": FORGED}
         return packed({HOSTILE: json.dumps(failure)}, bodies_of({HOSTILE: to_bytes({})}))
 
     few.grid.change = hostile
