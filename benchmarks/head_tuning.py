@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.loop import plain_loop
-from benchmarks.turns import System, chosen, options_of, peers, report, take_turns
+from benchmarks.turns import System, at_round_ends, chosen, options_of, peers, report, take_turns
 from benchmarks.workload import Array, Outcome, Workload, seconds_between
 
 CLIENTS, COHORT, EXAMPLES, WIDTH, CLASSES, ALPHA = 1000, 100, 50, 384, 10, 0.3
@@ -57,7 +57,7 @@ def atoll(workload: Workload, workers: int) -> Outcome:
     from atoll.sim.engines.inline import InlineTransport
     from benchmarks.generated import population_of
 
-    stamps = []
+    stamps: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         population = population_of(workload, Path(folder))
         carrier = InlineTransport.of(population, workers)
@@ -67,7 +67,7 @@ def atoll(workload: Workload, workers: int) -> Outcome:
                 carrier,
                 directory,
                 lambda learner: None,
-                lambda *step: stamps.append(time.perf_counter()) if step[0] == "round" else None,
+                at_round_ends(stamps),
                 resume=False,
             )
             directory.commit()

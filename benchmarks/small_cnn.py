@@ -34,7 +34,7 @@ from benchmarks import registered
 from benchmarks.images import Images
 from benchmarks.loop import plain_loop
 from benchmarks.networks import accuracy, network_of
-from benchmarks.turns import System, chosen, options_of, peers, report, take_turns
+from benchmarks.turns import System, at_round_ends, chosen, options_of, peers, report, take_turns
 from benchmarks.workload import Array, Outcome, Workload, seconds_between
 
 CLIENTS, COHORT, EXAMPLES, BATCH, LR = 100, 10, 50, 10, 0.05
@@ -93,7 +93,7 @@ def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **opt
     from atoll.server.run.directory import RunDirectory
 
     job = job_of(folder, workload.rounds, threads, **options)
-    stamps = []
+    stamps: list[float] = []
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         population = Population.of(job)
@@ -108,7 +108,7 @@ def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **opt
             carrier,
             directory,
             lambda learner: None,
-            lambda *step: stamps.append(time.perf_counter()) if step[0] == "round" else None,
+            at_round_ends(stamps),
             resume=False,
         )
         directory.commit()

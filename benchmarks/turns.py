@@ -10,12 +10,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from atoll.server.events import Event, EventCallback, RoundEnded
 from benchmarks.environments import Environment, NotInstalled, environment_of, versions_of
 from benchmarks.workload import Outcome, Workload
 
@@ -75,6 +77,16 @@ class Row:
     @property
     def accuracy(self) -> float:
         return statistics.median(self.accuracies)
+
+
+def at_round_ends(stamps: list[float]) -> EventCallback:
+    """What notes the moment at which each of Atoll's rounds ends."""
+
+    def note(event: Event) -> None:
+        if isinstance(event, RoundEnded):
+            stamps.append(time.perf_counter())
+
+    return note
 
 
 def peer(

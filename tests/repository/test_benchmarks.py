@@ -41,6 +41,11 @@ def test_rounds_are_timed_from_end_to_end() -> None:
     assert seconds_between([1.0, 3.0, 3.5]) == [2.0, 0.5]
 
 
+def test_every_round_of_atolls_is_timed() -> None:
+    seconds, accuracy = head_tuning.atoll(small(rounds=3), 1)
+    assert len(seconds) == 3 and min(seconds) > 0 and 0 <= accuracy <= 1
+
+
 def test_a_family_of_systems_or_one_of_it_can_be_chosen() -> None:
     systems = [system("atoll-1"), system("atoll-2"), system("pfl-1")]
     assert [s.key for s in chosen(systems, "atoll")] == ["atoll-1", "atoll-2"]
