@@ -30,9 +30,6 @@ from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 
-EXAMPLES_PER_GRADIENT_BATCH = 32
-"""How many examples' gradients are in memory together; noise is added once per step, after all parts."""
-
 _in_use: list[tuple[Learner, bool]] = []
 """The learner in use, and whether Opacus' hooks can take its gradients."""
 
@@ -133,8 +130,8 @@ def clipped_sum(
         name: torch.zeros(value.shape, dtype=torch.float64)
         for name, value in trainable.trainable(examples.learner.model).items()
     }
-    for begin in range(0, len(rows), EXAMPLES_PER_GRADIENT_BATCH):
-        each = examples.gradients_of(gradients, rows[begin : begin + EXAMPLES_PER_GRADIENT_BATCH].tolist())
+    for part in _parts(examples, rows):
+        each = examples.gradients_of(gradients, part)
         clipped = _clipped(each, private, scale)
         within.append(clipped >= 1)
         factor = clipped / (scale * private.divisor)
@@ -156,8 +153,7 @@ def ghost_clipped_sum(
     scale = 1.0 if scales is None else scales.now[0]
     within: list[torch.Tensor] = []
     total = zeros_like(trainable.trainable(examples.learner.model))
-    for begin in range(0, len(rows), EXAMPLES_PER_GRADIENT_BATCH):
-        part = rows[begin : begin + EXAMPLES_PER_GRADIENT_BATCH].tolist()
+    for part in _parts(examples, rows):
         passed = examples.passed(passes, part)
         clipped = _clipped_norms(passed.squared_norms().sqrt(), private, scale)
         clipped[len(part) :] = 0
@@ -165,6 +161,13 @@ def ghost_clipped_sum(
         passed.add_to(total, clipped / (scale * private.divisor))
     _count(scales, within, rows)
     return {name: t.cpu() for name, t in total.items()}
+
+
+def _parts(examples: PrivateExamples, rows: NDArray[np.int64]) -> Iterator[list[int]]:
+    """The rows in parts whose gradients fit into memory together."""
+    together = examples.together if len(rows) else 1
+    for begin in range(0, len(rows), together):
+        yield rows[begin : begin + together].tolist()
 
 
 def _count(scales: ClippingScales | None, within: list[torch.Tensor], rows: NDArray[np.int64]) -> None:

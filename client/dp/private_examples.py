@@ -1,4 +1,7 @@
-"""Per-example gradients whose random draws belong to single examples, not to batches."""
+"""Per-example gradients whose random draws belong to single examples, not to batches.
+
+So many examples pass together as there is memory for: 32 as a rule, fewer where they are large pictures.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll.backbones.encoder import Batch
@@ -17,9 +21,20 @@ from atoll.client.dp.per_example_gradients import PerExampleGradients
 from atoll.data.shard import Shard
 from atoll.learning.determinism import is_gpu
 from atoll.learning.learner import Learner
+from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 
 Passed = TypeVar("Passed")
+
+MOST_EXAMPLES = 32
+"""Noise is added once per step, after all parts."""
+FEWEST_EXAMPLES = 2
+"""Draws that all examples share have the shape of a batch of one, so a batch has two at least."""
+MOST_NUMBERS = 2**28
+"""How many numbers the layers of a network may make of a part's pictures; a gigabyte in float32."""
+
+_counted: list[tuple[Learner, tuple[torch.Size, ...], int]] = []
+"""The last learner, the shapes of an example's inputs, and how many numbers its layers make of it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,11 @@ class PrivateExamples:
     shard: Shard
     numbers: Numbers
     step: Step
+
+    @property
+    def together(self) -> int:
+        """How many examples pass together."""
+        return examples_together(self.learner, self.shard)
 
     def gradients_of(self, gradients: PerExampleGradients, rows: Sequence[int]) -> Tensors:
         """The gradients of these rows, [rows, …] by parameter, the same as in any other batch."""
@@ -71,3 +91,38 @@ def on_device(learner: Learner, batch: Batch, targets: torch.Tensor) -> tuple[Ba
     """A batch and its targets, moved to the job's device."""
     device = learner.job.train.device
     return {name: t.to(device) for name, t in batch.items()}, targets.to(device)
+
+
+def examples_together(learner: Learner, shard: Shard) -> int:
+    """How many of a shard's examples pass together, from 2 to 32.
+
+    It follows from the network and the shape of its pictures alone, which are the same at every site: a sum
+    over other parts would be rounded otherwise. Examples whose inputs vary in length pass 32 at a time.
+    """
+    batch = learner.batch(shard, [0] * FEWEST_EXAMPLES)
+    if not all(t.dim() == 4 for t in batch.values()):
+        return MOST_EXAMPLES
+    shapes = tuple(t.shape[1:] for t in batch.values())
+    if not _counted or _counted[0][0] is not learner or _counted[0][1] != shapes:
+        _counted[:] = [(learner, shapes, _numbers_made(learner, batch))]
+    return min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, MOST_NUMBERS // _counted[0][2]))
+
+
+def _numbers_made(learner: Learner, batch: Batch) -> int:
+    """How many numbers the layers without layers of their own make of one of the batch's examples."""
+    there, _ = on_device(learner, batch, torch.zeros(0))
+    made = [0]
+
+    def count(module: nn.Module, inputs: tuple[object, ...], outputs: object) -> None:
+        if isinstance(outputs, torch.Tensor):
+            made[0] += outputs.numel()
+
+    layers = [m for m in learner.model.modules() if not any(True for _ in m.children())]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with torch.no_grad(), global_stream(learner.job.seed, "dropout"):
+            learner.model(there)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, made[0] // FEWEST_EXAMPLES)

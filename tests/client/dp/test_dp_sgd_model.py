@@ -16,7 +16,6 @@ import atoll.client.dp.dp_sgd_model as module
 from atoll.client.dp.adaptive_norms import AdaptiveNorm, ClippingScales
 from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd
 from atoll.client.dp.dp_sgd_model import (
-    EXAMPLES_PER_GRADIENT_BATCH,
     _clipped_norms,
     _Noise,
     clipped_sum,
@@ -25,7 +24,8 @@ from atoll.client.dp.dp_sgd_model import (
 )
 from atoll.privacy.noise import lattice_for, seeded
 
-COUNT = 2 * EXAMPLES_PER_GRADIENT_BATCH + 7
+TOGETHER = 32
+COUNT = 2 * TOGETHER + 7
 NORM, DIVISOR = 0.5, 4.0
 
 
@@ -52,6 +52,8 @@ def each_gradient() -> dict[str, torch.Tensor]:
 
 class Given:
     """Examples whose gradients are given, and of what is left over in a pass more than that."""
+
+    together = TOGETHER
 
     def __init__(self) -> None:
         self.learner = SimpleNamespace(model=network())
@@ -99,7 +101,7 @@ def by_hand(each: dict[str, torch.Tensor], rows: Sequence[int], scale: float) ->
 
 @pytest.mark.parametrize("ghosts", [False, True])
 @pytest.mark.parametrize("scale", [None, 1.0, 0.25, 3.0])
-@pytest.mark.parametrize("count", [0, 1, EXAMPLES_PER_GRADIENT_BATCH, COUNT])
+@pytest.mark.parametrize("count", [0, 1, TOGETHER, COUNT])
 def test_the_sum_is_that_of_examples_clipped_one_by_one(
     count: int, scale: float | None, ghosts: bool
 ) -> None:
@@ -116,7 +118,7 @@ def test_the_sum_is_that_of_examples_clipped_one_by_one(
     for name, total in expected.items():
         torch.testing.assert_close(found[name], total, rtol=2e-6, atol=1e-9)
     assert [row for part in given.asked for row in part] == rows.tolist()
-    assert max(map(len, given.asked), default=0) <= EXAMPLES_PER_GRADIENT_BATCH
+    assert max(map(len, given.asked), default=0) <= TOGETHER
     if scales is not None:
         assert scales._counts == [(within, count)]
 

@@ -17,11 +17,13 @@ from atoll.client.dp.example_draws import example_numbers
 from atoll.client.dp.mixed_examples import (
     BATCHES,
     MEMBERS,
+    MOST_KEPT,
     TOLERANCE,
     _compare,
     _difference,
     _equal,
     _Probe,
+    _Row,
     changed,
     mixing_layers,
     refuse_mixed_examples,
@@ -391,11 +393,35 @@ def test_layers_may_be_called_more_often_for_one_batch_than_for_another() -> Non
     assert mixing_layers(CalledByWhatIsThere(), batch) == []
 
 
+def rows(*tensors: torch.Tensor) -> list[_Row]:
+    return [_Row.of(t) for t in tensors]
+
+
 def test_rows_are_equal_up_to_rounding_alone() -> None:
     one = torch.tensor([1.0, 2.0])
     for other, same in ((one * (1 + 5e-5), True), (one * 1.01, False), (one[:1], False)):
-        assert _equal([one], [other]) == same
-    unsound = torch.tensor([1.0, float("nan")])
-    assert _equal([unsound], [unsound.clone()]) and not _equal([unsound], [one])
-    assert _equal([], []) and not _equal([one], [one, one])
-    assert not _equal([one, one], [one, one + 1])
+        assert _equal(rows(one), rows(other)) == same
+    for odd in (float("nan"), float("inf")):
+        unsound = torch.tensor([1.0, odd])
+        assert _equal(rows(unsound), rows(unsound.clone()))
+        assert not _equal(rows(unsound), rows(one)) and not _equal(rows(one), rows(unsound))
+    assert _equal([], []) and not _equal(rows(one), rows(one, one))
+    assert not _equal(rows(one, one), rows(one, one + 1))
+    there = torch.tensor([True, False])
+    assert _equal(rows(there), rows(there.clone())) and not _equal(rows(there), rows(~there))
+
+
+def test_large_rows_are_equal_by_sums_up_to_rounding_alone() -> None:
+    draw = torch.Generator().manual_seed(1)
+    one = torch.randn(3, 20_000, 2, generator=draw)
+    (kept,) = rows(one)
+    assert one.numel() > MOST_KEPT == kept.values.numel() == kept.sizes.numel()
+    flat = nn.functional.pad(one.double().flatten(), (0, 2 * MOST_KEPT - one.numel())).view(2, MOST_KEPT)
+    torch.testing.assert_close(kept.values, flat[0] + flat[1])
+    torch.testing.assert_close(kept.sizes, (flat[0].square() + flat[1].square()).sqrt())
+    assert _equal(rows(one), rows(one * (1 + 2e-5)))
+    for place in ((0, 0, 0), (2, 19_999, 1), (1, 777, 0)):  # a single number that is another one is seen
+        other = one.clone()
+        other[place] += 0.01
+        assert not _equal(rows(one), rows(other)) and not _equal(rows(other), rows(one))
+    assert not _equal(rows(one), rows(one.flip(1))) and not _equal(rows(one), rows(-one))
