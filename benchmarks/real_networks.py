@@ -120,7 +120,7 @@ def pictures(name: str) -> Callable[[Path], Table]:
     return tables
 
 
-def shapes(task: Table, name: str) -> Callable[[Path], Table]:
+def shapes(task: Table, name: str, **data: Any) -> Callable[[Path], Table]:
     """A torchvision detector or segmenter at its own size, on drawn circles, squares and triangles."""
 
     def tables(folder: Path) -> Table:
@@ -128,7 +128,7 @@ def shapes(task: Table, name: str) -> Callable[[Path], Table]:
 
         rows = generated_shapes(0, SCENES * 5 // 4)["train"]
         backbone = {"name": f"torchvision:{name}", "weights": "random"}
-        return written(folder, task, rows, backbone, validation_fraction=0.0)
+        return written(folder, task, rows, backbone, validation_fraction=0.0, **data)
 
     return tables
 
@@ -173,7 +173,9 @@ def lstm(folder: Path) -> Table:
     }
 
 
-MASKS = {"name": "segmentation", "options": {"classes": ("background", "circle", "square", "triangle")}}
+DRAWN = ("circle", "square", "triangle")
+BOXES = {"name": "object-detection", "options": {"max_boxes": 8}}
+MASKS = {"name": "segmentation", "options": {"classes": ("background", *DRAWN)}}
 
 SUBJECTS: dict[str, Callable[[Path], Table]] = {
     "bert-base": bert_base,
@@ -181,7 +183,7 @@ SUBJECTS: dict[str, Callable[[Path], Table]] = {
     "wav2vec2-base": wav2vec2_base,
     "resnet50": pictures("resnet50"),
     "vit_b_16": pictures("vit_b_16"),
-    "fasterrcnn_resnet50_fpn": shapes({"name": "object-detection"}, "fasterrcnn_resnet50_fpn"),
+    "fasterrcnn_resnet50_fpn": shapes(BOXES, "fasterrcnn_resnet50_fpn", classes=DRAWN),
     "deeplabv3_resnet50": shapes(MASKS, "deeplabv3_resnet50"),
     "clip-b32": clip_b32,
     "sasrec": sasrec,
