@@ -18,10 +18,11 @@ from pathlib import Path
 
 from atoll.errors import InputError
 from atoll.job.job import Iid, Job
-from atoll.report.comparison import comparison_of, lower_is_better
+from atoll.report.comparison import comparison_of
 from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from atoll.tasks.metric_values import lower_is_better
 
 JOBS = Path(__file__).parents[1] / "jobs"
 ROWS = ("zero_shot", "local_only", "federated", "pooled")

@@ -275,7 +275,7 @@ def megabytes_in(folder: Path, format: str) -> float:
 
 def check_drop(metric: str, format: str, before: Measured, after: Measured, most: float) -> None:
     """Raises JobError if the metric fell by more than that."""
-    from atoll.report.comparison import lower_is_better
+    from atoll.tasks.metric_values import lower_is_better
 
     was, now = before.metrics[metric], after.metrics[metric]
     if was is None or now is None:

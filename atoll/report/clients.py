@@ -9,10 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from atoll.report.comparison import finite, lower_is_better
+from atoll.report.comparison import finite
 from atoll.report.plots import scatter_plot, spread_plot
 from atoll.report.run_result import RunResult
 from atoll.report.text import join_words, metric_label, metric_value, pluralize, quantile
+from atoll.tasks.metric_values import lower_is_better
 
 ALL_UP_TO = 200
 """Clients above which the table shows the ends only."""

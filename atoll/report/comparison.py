@@ -8,7 +8,7 @@ from math import floor, isfinite
 
 from atoll.report.run_result import RunResult
 from atoll.tasks import headline_of
-from atoll.tasks.metric_values import MeanOverClients, mean_over
+from atoll.tasks.metric_values import MeanOverClients, lower_is_better, mean_over
 
 NAMES = {
     "zero_shot": "untrained head",
@@ -115,19 +115,6 @@ def mean_over_clients(result: RunResult) -> dict[str, MeanOverClients]:
 def finite(value: object) -> float | None:
     """The value if it is a number one can plot."""
     return float(value) if isinstance(value, int | float) and isfinite(value) else None
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric falls as the model improves.
-
-    >>> lower_is_better("loss"), lower_is_better("macro_f1"), lower_is_better("mae")
-    (True, False, True)
-    """
-    return metric in ERRORS or any(word in metric for word in ("loss", "error", "perplexity"))
-
-
-ERRORS = ("mae", "rmse", "mase", "pinball", "wer", "cer")
-"""Metrics whose names don't say that they are errors."""
 
 
 def whole_percent(share: float) -> str:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.report.clients import ClientsSection, clients_section
-from atoll.report.comparison import Comparison, comparison_of, lower_is_better, row_name, whole_percent
+from atoll.report.comparison import Comparison, comparison_of, row_name, whole_percent
 from atoll.report.contributions import ContributionsSection, contributions_section
 from atoll.report.plots import seconds_plot
 from atoll.report.rounds import RoundsSection, rounds_section, series
@@ -39,6 +39,7 @@ from atoll.report.text import (
     who_was_hostile,
 )
 from atoll.system.durable_files import replace_synced
+from atoll.tasks.metric_values import lower_is_better
 
 ISLANDS = 60
 """Clients above which the picture of the atoll stops growing."""

@@ -9,10 +9,10 @@ from typing import Any
 from atoll.job.attack import POISONS_LABELS
 from atoll.job.job import Job, OtherPartition
 from atoll.report.audit import what_the_audit_found
-from atoll.report.comparison import Comparison, finite, lower_is_better, whole_percent
+from atoll.report.comparison import Comparison, finite, whole_percent
 from atoll.report.run_result import PrivacyClaim, RunPrivacy, RunResult
 from atoll.strategies import STRATEGIES
-from atoll.tasks.metric_values import UNDEFINED
+from atoll.tasks.metric_values import UNDEFINED, lower_is_better
 
 NOT_MEASURED = "not measured"
 FEW_CLASSES = 8

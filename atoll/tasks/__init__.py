@@ -16,6 +16,7 @@ from atoll.job.extension_options import checked_options
 from atoll.job.job import Job
 from atoll.plugins import BUILT_IN, Extension, Registry, brought
 from atoll.tasks.data_info import InfoField
+from atoll.tasks.metric_values import direction_fault
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -210,13 +211,17 @@ def with_brought_metrics(
     """A task's own metrics, followed by those that `evaluate.metrics` names.
 
     Raises:
-        ConfigError: a metric is unknown, its options are invalid, or its states can't be summed over clients.
+        ConfigError: a metric is unknown, its options are invalid, its states can't be summed over clients, or
+            its name says the opposite of its `higher_is_better`.
     """
     check_metrics(job)
     for name, options in job.evaluate.metrics.items():
         if name in metrics:
             raise ConfigError(f"evaluate.metrics.{name}: {job.task.name} measures it itself, expected none")
         metrics.add_metrics({name: _brought_metric(METRICS[name].loaded(), options, data_info)})
+    for name, metric in metrics.items(keep_base=True, copy_state=False):
+        if fault := direction_fault(name, metric.higher_is_better):
+            raise ConfigError(f"metric {name}: {fault}")
     return metrics
 
 

@@ -22,6 +22,38 @@ UNDEFINED = "\N{EN DASH}"
 """What a table shows for an undefined metric."""
 
 
+ERRORS = ("mae", "rmse", "mase", "pinball", "wer", "cer", "bits_per_byte", "unparsable_rate")
+"""Metrics whose names don't say that they are errors."""
+
+ERROR_WORDS = ("loss", "error", "perplexity")
+"""Words in the names of other metrics that are."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric falls as the model improves, by its name alone: reports have nothing else.
+
+    >>> lower_is_better("loss"), lower_is_better("macro_f1"), lower_is_better("mae")
+    (True, False, True)
+    """
+    return metric in ERRORS or any(word in metric for word in ERROR_WORDS)
+
+
+def direction_fault(metric: str, higher_is_better: bool | None) -> str | None:
+    """What is wrong if a metric's name says that it rises as the model improves where it falls, or reversed.
+
+    >>> direction_fault("mae", False), direction_fault("top", None)
+    (None, None)
+    """
+    if higher_is_better is None or higher_is_better != lower_is_better(metric):
+        return None
+    names = f"one that has {', '.join(ERROR_WORDS)} in it, or is {', '.join(ERRORS)}"
+    if higher_is_better:
+        return (
+            f"it has higher_is_better = True, and its name is an error's; expected another name than {names}"
+        )
+    return f"it has higher_is_better = False, which its name must say; expected {names}"
+
+
 def defined(value: float | torch.Tensor) -> float | None:
     """The value as a float; None if it isn't finite.
 

@@ -16,14 +16,13 @@ from atoll.errors import ConfigError
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.stacked_updates import clients_of, taken
-from atoll.report.comparison import lower_is_better
 from atoll.report.run_result import ClientContribution, Contributions, RoundExtras
 from atoll.server.contributions.leave_one_out import Coalition, leave_one_out
 from atoll.server.contributions.shapley import shapley
 from atoll.server.roster import MOST_CLIENTS
 from atoll.server.rounds.aggregation import merged
 from atoll.server.rounds.run_state import Run, RunSetup
-from atoll.tasks.metric_values import defined
+from atoll.tasks.metric_values import defined, lower_is_better
 
 
 @dataclass

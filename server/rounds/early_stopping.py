@@ -14,10 +14,9 @@ from typing import Protocol
 import torch
 
 from atoll.protocol.tensors import Tensors
-from atoll.report.comparison import lower_is_better
 from atoll.report.run_result import RoundExtras
 from atoll.strategies.strategy import State
-from atoll.tasks.metric_values import MetricValues
+from atoll.tasks.metric_values import MetricValues, lower_is_better
 
 PREFIX = "stopping."
 """The prefix of early stopping's entries in a checkpoint."""

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.report.comparison import lower_is_better
 from atoll.report.text import metric_label
 from atoll.server.run.directory import job_toml
 from atoll.sim.search.study import Search, TrialResult
 from atoll.sim.sweep.grid import format_value
 from atoll.sim.sweep.plot import COLOURS, INK, MUTED, SETTINGS
 from atoll.system.durable_files import replace_synced
+from atoll.tasks.metric_values import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.random_streams import stream_seed
-from atoll.report.comparison import lower_is_better
 from atoll.sim.search.space import Space, Texts, checked_job, values_of
 from atoll.sim.sweep.grid import Base, Values
 from atoll.system.durable_files import is_begun, replace_synced
 from atoll.system.installed import is_installed
 from atoll.tasks import check_task, headline_of
+from atoll.tasks.metric_values import lower_is_better
 
 if TYPE_CHECKING:
     from optuna import Study

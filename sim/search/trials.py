@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
-from atoll.report.comparison import lower_is_better
 from atoll.server.events import Event, EventCallback, RoundEnded, RunResumed, ignore_events
 from atoll.server.rounds.evaluation import federated_evaluation
 from atoll.server.rounds.run_state import Run
@@ -27,7 +26,7 @@ from atoll.sim.population.population import Population
 from atoll.sim.search.space import checked_job
 from atoll.sim.search.study import Outcome, Search, TrialResult, quiet_optuna
 from atoll.sim.sweep.runner import RunPool, WorkerCache, WorkItem
-from atoll.tasks.metric_values import MetricValues
+from atoll.tasks.metric_values import MetricValues, lower_is_better
 
 if TYPE_CHECKING:
     from optuna import Trial

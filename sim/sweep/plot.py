@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from atoll.report.comparison import lower_is_better
 from atoll.report.text import metric_label
 from atoll.sim.sweep.grid import EPSILON, format_value
 from atoll.sim.sweep.results import (
@@ -20,6 +19,7 @@ from atoll.sim.sweep.results import (
     scores,
     values_of,
 )
+from atoll.tasks.metric_values import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

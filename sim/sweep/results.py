@@ -12,11 +12,11 @@ from statistics import fmean, stdev
 from scipy import stats
 
 from atoll.job.job import Job
-from atoll.report.comparison import comparison_of, finite, lower_is_better
+from atoll.report.comparison import comparison_of, finite
 from atoll.report.run_result import RunPrivacy, RunResult
 from atoll.report.text import metric_label
 from atoll.sim.sweep.grid import EPSILON, Planned, Values, format_value
-from atoll.tasks.metric_values import MetricValues
+from atoll.tasks.metric_values import MetricValues, lower_is_better
 
 LEVEL = 0.95
 """Of every interval: Student's t over seeds."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.report.clients import worst_tenth
-from atoll.report.comparison import finite, lower_is_better
+from atoll.report.comparison import finite
 from atoll.report.run_result import RunResult
 from atoll.report.text import metric_label
 from atoll.sim.sweep.grid import Base, Grid, Planned, planned
@@ -22,6 +22,7 @@ from atoll.sim.sweep.report import markdown_table
 from atoll.sim.sweep.results import Estimate, Row, headline_of
 from atoll.strategies import STRATEGIES
 from atoll.system.durable_files import replace_synced
+from atoll.tasks.metric_values import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

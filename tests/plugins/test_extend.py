@@ -128,6 +128,9 @@ def test_the_engine_changes_no_bit_of_a_plugins_run(folder: Path) -> None:
          r"data\.partition: shrinking \(.*shared\.py.*\) lets clients share examples"),
         ({}, "--plugin top.py --set evaluate.metrics.top.k=0",
          r"evaluate\.metrics\.top\.k: expected greater than or equal to 1, found 0"),
+        ({"falls.py": FILES["top.py"].replace("(Metric):\n", "(Metric):\n    higher_is_better = False\n")},
+         "--plugin falls.py --set evaluate.metrics.top.k=1",
+         r"metric top: it has higher_is_better = False, which its name must say; expected one that has loss"),
         ({}, "--set evaluate.metrics.top.k=1", r"evaluate\.metrics\.top: unknown metric"),
     ],
 )  # fmt: skip

@@ -32,6 +32,7 @@ from atoll.tasks.medical.metrics import (
     BinnedMacroAuroc,
     SensitivityAtSpecificity,
 )
+from atoll.tasks.metric_values import direction_fault, lower_is_better
 from atoll.tasks.recommendation.metrics import HitRate, Ndcg
 from atoll.tasks.segmentation.metrics import MeanIoU
 from atoll.tasks.text_to_text.metrics import ExactMatch, TokenF1, normalised
@@ -364,3 +365,23 @@ def test_scores_of_tags_count_as_the_highest_one():
     scores = torch.nn.functional.one_hot(predictions, len(TAGS)).to(torch.float32)
     make = ALL["slot F1"][0]
     assert value_of(make, (scores, targets)) == value_of(make, (predictions, targets))
+
+
+def test_whether_less_is_better_is_known_by_the_name() -> None:
+    """Each task's own metrics are held against this as its learner makes them."""
+    falling = (
+        "loss",
+        "bits_per_byte",
+        "byte_perplexity",
+        "perplexity",
+        "unparsable_rate",
+        "calibration_error",
+    )
+    assert all(lower_is_better(name) for name in (*falling, "mae", "rmse", "mase", "pinball", "wer", "cer"))
+    assert not any(lower_is_better(name) for name in ("accuracy", "auroc", "reward_margin", "bleu", "tercet"))
+    assert direction_fault("mae", False) is direction_fault("auroc", True) is None
+    assert direction_fault("deviance", None) is direction_fault("word_error", None) is None
+    assert "which its name must say; expected one that has loss, error" in (
+        direction_fault("odd", False) or ""
+    )
+    assert "its name is an error's; expected another name than" in (direction_fault("log_loss", True) or "")
