@@ -33,6 +33,7 @@ from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.learning.prefix.kept_states import KeptStatesOfTokens
 from atoll.protocol.tensors import Tensors
 from atoll.tasks.language_modeling.causal import KIND
 from atoll.tasks.language_modeling.task import LANGUAGE_MODELING
@@ -104,7 +105,7 @@ class Atoll:
             return self._trained()
         with tempfile.TemporaryDirectory() as folder:
             kept = self.learner.kept_states
-            assert kept is not None
+            assert isinstance(kept, KeptStatesOfTokens)
             kept.cache.cache.folder = Path(folder)
             kept.cache.cache._parts.clear()
             return self._trained()

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from atoll.backbones.checkpoint import load_state_dict_strict, load_weights
-from atoll.backbones.encoder import Batch, Encoder
+from atoll.backbones.encoder import PIXELS, Batch, Encoder, FixedInput
 from atoll.backbones.options import refuse_augment
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.torchvision_models import TorchvisionKind, torchvision_names
@@ -46,7 +46,7 @@ class PictureEncoder(Encoder):
         super().__init__()
         self.model = model
         self.width = 0
-        self._size = size
+        self.size = size
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
@@ -55,11 +55,19 @@ class PictureEncoder(Encoder):
         return [self._pixels(data) for data in inputs]
 
     def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
-        return {"pixel_values": scaled(ready, self._mean, self._std)}
+        return {PIXELS: scaled(ready, self._mean, self._std)}
 
     def _pixels(self, data: bytes) -> torch.Tensor:
         image = decode_image(data, "image", verify=False)  # who read it has seen to that
-        return eight_bits(image.resize((self._size, self._size), Image.Resampling.BILINEAR))
+        return eight_bits(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
+
+
+class WholePictures(PictureEncoder):
+    """As its base, for networks whose only argument is a batch of pictures."""
+
+    @property
+    def fixed_input(self) -> FixedInput:
+        return FixedInput(PIXELS, (3, self.size, self.size))
 
 
 def size_of(job: Job, backbone: Backbone) -> int:

@@ -22,6 +22,9 @@ Preprocessed = torch.Tensor | Batch
 TARGETS = "targets"
 """The name under which a batch holds the targets, for models that need them to compute their loss."""
 
+PIXELS = "pixel_values"
+"""The entry of a batch that holds pictures, [batch, 3, height, width]."""
+
 FixedBatch = tuple[list[int], Callable[[], Batch]]
 """(row numbers, a function that prepares their batch); further rows of the batch are padding."""
 
@@ -37,6 +40,21 @@ class Variation:
     """Those of the augmentations that extensions bring, ready to be called."""
 
 
+@dataclass(frozen=True)
+class FixedInput:
+    """The only input of a network: a tensor of the same shape for every example."""
+
+    name: str
+    """Under which it is in a batch, [batch, *shape]."""
+    shape: tuple[int, ...]
+    layout: torch.memory_format = torch.contiguous_format
+
+
+def in_layout(tensor: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+    """The tensor in this memory layout; layouts other than the usual one are for four dimensions only."""
+    return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor.contiguous()
+
+
 class Encoder(nn.Module):
     """A backbone without its own head: `forward` maps a batch of preprocessed inputs to [batch, width]."""
 
@@ -45,6 +63,11 @@ class Encoder(nn.Module):
 
     reads_tokens: bool = False
     """Whether the network's only inputs are `input_ids` and `attention_mask`, both padded on the right."""
+
+    @property
+    def fixed_input(self) -> FixedInput | None:
+        """The network's only input, where all examples' inputs have one shape; None for other networks."""
+        return None
 
     def preprocess(self, inputs: Sequence[Any]) -> Sequence[Preprocessed]:
         """Each raw input as tensors that depend on no other input, so that they can be cached."""

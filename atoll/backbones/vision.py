@@ -12,7 +12,7 @@ from atoll.backbones.augmentation import framed, varied_image
 from atoll.backbones.brought.augmentations import augmented_image
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
-from atoll.backbones.encoder import Batch, FixedShapeEncoder, Variation
+from atoll.backbones.encoder import PIXELS, Batch, FixedInput, FixedShapeEncoder, Variation, in_layout
 from atoll.backbones.resolve import LENET, SCATTERING, Backbone
 from atoll.backbones.scattering.transform import Scattering
 from atoll.backbones.small_vision import LENET_WIDTH, lenet
@@ -53,9 +53,13 @@ class VisionEncoder(FixedShapeEncoder):
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
+    @property
+    def fixed_input(self) -> FixedInput:
+        return FixedInput(PIXELS, (3, self.size, self.size), self._layout)
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Features before the network's own classifier, [batch, width]."""
-        output = self.model(batch["pixel_values"].contiguous(memory_format=self._layout))
+        output = self.model(in_layout(batch[PIXELS], self._layout))
         if isinstance(output, torch.Tensor):
             return output.flatten(1)
         pooled = getattr(output, "pooler_output", None)
@@ -68,7 +72,7 @@ class VisionEncoder(FixedShapeEncoder):
 
     def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         """Scaled to ImageNet's mean and deviation, or to the network's own."""
-        return {"pixel_values": scaled(ready, self._mean, self._std)}
+        return {PIXELS: scaled(ready, self._mean, self._std)}
 
     def prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
         pairs = zip(inputs, places, strict=True)

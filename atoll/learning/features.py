@@ -31,7 +31,6 @@ from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, Job
 from atoll.learning.compiled import CompiledEncoder, compiler
 from atoll.learning.feature_cache import FeatureCache
-from atoll.learning.prefix.state_cache import PIECE, StateCache
 from atoll.protocol.random_streams import stream
 from atoll.system.cache import cache_root
 from atoll.system.installed import version_of
@@ -164,10 +163,14 @@ def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
     return FeatureCache(cache_root() / "features" / key[:32])
 
 
-def state_cache(job: Job, backbone: Backbone, place: Sequence[str]) -> StateCache:
-    """The cache of the states of a network that is cut at `place`."""
-    dtype = torch.bfloat16 if job.train.cached_states == "bf16" else torch.float32
-    return StateCache(_cache(job, backbone, states=[STATES_FORMAT, str(dtype), PIECE, *place]), dtype)
+def state_cache(job: Job, backbone: Backbone, form: Sequence[str | int]) -> FeatureCache:
+    """The cache of the states of a network; `form` tells where it is split and how states are stored."""
+    return _cache(job, backbone, states=[STATES_FORMAT, str(dtype_of_states(job)), *form])
+
+
+def dtype_of_states(job: Job) -> torch.dtype:
+    """The dtype in which a job's states are stored."""
+    return torch.bfloat16 if job.train.cached_states == "bf16" else torch.float32
 
 
 def processor(device: str) -> list[str]:

@@ -20,12 +20,11 @@ from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning import lora_base, trainable
 from atoll.learning.compatibility import check_fits
-from atoll.learning.features import Features, state_cache
+from atoll.learning.features import Features, dtype_of_states, state_cache
 from atoll.learning.input_cache import ReadyInputs
 from atoll.learning.local_parameters import own_part
 from atoll.learning.objective.local_objective import LocalObjective
-from atoll.learning.prefix.kept_states import KeptStates
-from atoll.learning.prefix.state_cache import sequences_of
+from atoll.learning.prefix.kept_states import KeptStates, kept_states
 from atoll.learning.pruning import fingerprinted, pruned
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
@@ -110,12 +109,12 @@ class Learner:
 
     @cached_property
     def kept_states(self) -> KeptStates | None:
-        """The cache of the frozen blocks' outputs for token sequences; None where the job caches none."""
+        """The cache of the frozen blocks' outputs; None where the job caches none."""
         train = self.job.train
         if train.cached_states is None or self.trains_on_features:
             return None
         cache_at = partial(state_cache, self.job, self.backbone)
-        return KeptStates.of(self.model, cache_at, train.threads, self._tell)
+        return kept_states(self.model, cache_at, dtype_of_states(self.job), train.threads, self._tell)
 
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:
@@ -174,21 +173,14 @@ class Learner:
         return batch
 
     def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
-        """As `collate`, for this learner's model, which takes cached states in place of tokens."""
+        """As `collate`, for this learner's model, which takes cached states in place of inputs."""
         batch = self.collate(shard, rows, variation)
-        return batch if self.kept_states is None else self.kept_states.in_place_of_tokens(batch)
+        return batch if self.kept_states is None else self.kept_states.in_place_of_inputs(batch)
 
     def keep_states(self, shard: Shard) -> None:
         """Compute and cache the shard's missing states on disk, if the job caches any."""
-        if self.kept_states is None:
-            return
-        sequences = []
-        for start in range(0, len(shard), WHOLE_BATCH):
-            batch = self.collate(shard, range(start, min(start + WHOLE_BATCH, len(shard))))
-            sequences += sequences_of(
-                batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2)
-            )
-        self.kept_states.keep(sequences)
+        if self.kept_states is not None:
+            self.kept_states.keep(len(shard), partial(self.collate, shard))
 
     def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
         """The model's predictions for raw inputs, one each, without any cache."""
@@ -228,7 +220,7 @@ class Learner:
         batches, model = self.model.backbone.fixed_batches(shard.inputs, size or BATCH), self.filled(tensors)
         batches = batches if size is not None else less_padded(batches)
         if states is not None:
-            batches = states.in_place_of_tokens_of(batches)
+            batches = states.in_place_of_inputs_of(batches)
         train = self.job.train
         # A network that begins with states is changed while it runs, so it takes one batch after the other.
         parts = compute_batches(

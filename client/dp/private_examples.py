@@ -100,7 +100,7 @@ def examples_together(learner: Learner, shard: Shard) -> int:
     over other parts would be rounded otherwise. Examples whose inputs vary in length pass 32 at a time.
     """
     batch = learner.batch(shard, [0] * FEWEST_EXAMPLES)
-    if not all(t.dim() == 4 for t in batch.values()):
+    if not all(t.dim() >= 4 for t in batch.values()):  # pictures have four, their cached states more
         return MOST_EXAMPLES
     shapes = tuple(t.shape[1:] for t in batch.values())
     if not _counted or _counted[0][0] is not learner or _counted[0][1] != shapes:

@@ -107,6 +107,9 @@ def jobs(folder: Path) -> dict[str, Job]:
     tables["moon"] = {"tune": {"method": "last-k", "layers": 1}, "strategy": {"name": "moon"}}
     kept = {"tune": {"method": "last-k", "layers": 1}, "train": text["train"] | {"cached_states": "fp32"}}  # type: ignore[operator]
     tables["kept-states"] = kept
+    beside = image["train"] | {"cached_states": "bf16"}  # type: ignore[operator]
+    pictures = common | image | {"name": "kept-pictures", "tune": kept["tune"], "train": beside}  # type: ignore[operator]
+    made["kept-pictures"] = Job.parse(pictures, origin="test")
     tables["random-features"] = {
         "tune": {"head_init": "ridge", "hidden": 24},
         "federation": {"clients": CLIENTS, "rounds": 2},
@@ -258,6 +261,7 @@ def test_images_at_real_sites_that_tune_ever_more_give_the_bits_of_the_simulatio
                 "fedbuff",
                 "fedcompass",
                 "signsgd",
+                "kept-pictures",
             ],
             [0, 1, 2],
         ),

@@ -34,7 +34,7 @@ def believing() -> SecureAggregationSession:
     return SecureAggregationSession(identity=Believing())
 
 
-def image_job(backbone: str, **tables: object) -> Job:
+def image_job(backbone: str, /, **tables: object) -> Job:
     """An image job on a random torchvision network at 32 pixels."""
     table: dict[str, object] = {
         "name": "small",

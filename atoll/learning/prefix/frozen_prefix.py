@@ -1,13 +1,12 @@
 """A network split into a frozen prefix, the blocks before the first tuned one, and the rest after it.
 
-The prefix is computed for one sequence at a time, without padding, so a sequence's hidden states [tokens,
-width] depend on its own tokens alone. If a batch has such states as its `input_ids`, the network skips the
-prefix and starts with them at the first tuned block.
+The prefix is computed for one example at a time, without padding, so an example's hidden states depend on
+its own input alone. If a batch has such states in its inputs' place, the network skips the prefix and starts
+with them at the first tuned block.
 """
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from atoll.backbones.checkpoint import attention, attention_of
 from atoll.backbones.encoder import Model
 from atoll.backbones.extract import side_by_side, workers_on
 from atoll.errors import ConfigError, DataError
 from atoll.learning import trainable
+from atoll.learning.prefix.network_inputs import inputs_of
 from atoll.protocol.random_streams import global_stream
 
-PROBE = 8
-"""The number of tokens in the sequence with which a network is tested."""
+BEYOND = (
+    "train.cached_states: the tuned blocks of this network take more than the states of the block below them;"
+    " remove the key"
+)
 
 
 class _Reached(Exception):
@@ -32,19 +35,22 @@ class _Reached(Exception):
 
 
 class FrozenPrefix:
-    """Splits one network into prefix and rest; from then on the network accepts states as well as tokens.
+    """Splits one network into prefix and rest; from then on the network accepts states as well as inputs.
 
     Raises:
-        ConfigError: the first block is tuned or none is, or the rest uses more of the prefix than its last
-            block's states, or dropout is active in the prefix.
+        ConfigError: the network takes inputs of another kind, the first block is tuned or none is, the rest
+            uses more of the prefix than its last block's states, or dropout is active in the prefix.
     """
 
     def __init__(self, model: Model) -> None:
+        self._inputs = inputs_of(model)
         self.network: Any = model.backbone.model
         self._attention = attention_of(self.network)
         self._local = threading.local()
         self._replaced: list[tuple[nn.Module, Callable[..., Any] | None]] = []
-        called = self._blocks_in_order(model.head)
+        blocks = self._blocks(model.head)
+        calls = self._calls([*blocks, *_layers_outside(self.network, blocks)])
+        called = [block for block in dict.fromkeys(calls) if block in blocks]
         self.frozen = called[: next((n for n, block in enumerate(called) if _is_tuned(block)), len(called))]
         if not self.frozen or len(self.frozen) == len(called):
             where = "first" if not self.frozen else "no"
@@ -53,6 +59,10 @@ class FrozenPrefix:
                 " tuned ones; name fewer tune.layers, or remove the key"
             )
         self.first = called[len(self.frozen)]
+        at = calls.index(self.first)
+        self._between = [layer for layer in calls[:at] if layer not in blocks and layer not in calls[at:]]
+        self.skipped: list[nn.Module] = []
+        """The modules that aren't computed where there are states."""
         self.network.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.network.register_forward_hook(self._end, always_call=True)
         self.first.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -64,28 +74,35 @@ class FrozenPrefix:
         names = {id(module): name for name, module in self.network.named_modules()}
         return [type(self.network).__qualname__, *(names[id(block)] for block in [*self.frozen, self.first])]
 
-    def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """The input of the first tuned block for one sequence of tokens [tokens]: float32, [tokens, width].
+    def states(self, example: torch.Tensor) -> torch.Tensor:
+        """The input of the first tuned block for one example's input: float32, contiguous.
 
-        The network must be in evaluation mode, as it is within `states_of_each`.
+        Of tokens [tokens] the states are [tokens, width], of pictures what the network makes of them. The
+        network must be in evaluation mode, as it is within `states_of_each`.
         """
         self._local.captured = None
         self._local.captures = True
         try:
             with torch.inference_mode():
-                self._run(ids[None].to(_device(self.network)))
+                self._inputs.run(example[None].to(_device(self.network)))
         except _Reached:
-            captured: torch.Tensor = self._local.captured[0]
+            captured = self._local.captured
         finally:
             self._local.captures = False
-        return captured.to("cpu", torch.float32)
+        if not isinstance(captured, torch.Tensor) or len(captured) != 1:
+            raise ConfigError(BEYOND)
+        return captured[0].to("cpu", torch.float32).contiguous()
+
+    def placed(self, states: torch.Tensor) -> torch.Tensor:
+        """States [n, …] as the network takes them in its inputs' place."""
+        return self._inputs.place_states(states)
 
     def states_of_each(
-        self, sequences: Sequence[torch.Tensor], *, threads: int, done: Callable[[int], None]
+        self, examples: Sequence[torch.Tensor], *, threads: int, done: Callable[[int], None]
     ) -> list[torch.Tensor]:
-        """The states of each sequence, float32, [tokens, width], computed by one worker per core.
+        """The states of each example's input, as `states` returns them, computed by one worker per core.
 
-        `done` is called with the number of sequences computed so far.
+        `done` is called with the number of examples computed so far.
 
         Raises:
             DataError: a state isn't finite.
@@ -95,37 +112,35 @@ class FrozenPrefix:
         # Per-example gradients may have set another attention kernel, whose results differ slightly.
         with _modes_kept(self.network), attention(self.network, self._attention):
             self.network.eval()
-            for states in side_by_side(self.states, sequences, workers=workers, threads=threads):
+            for states in side_by_side(self.states, examples, workers=workers, threads=threads):
                 if not torch.isfinite(states).all():
                     raise DataError("an example has states in the frozen blocks that are not finite")
                 computed.append(states)
                 done(len(computed))
         return computed
 
-    def _blocks_in_order(self, head: nn.Module) -> list[nn.Module]:
-        """The network's blocks, and its head if the network contains it, in the order in which they run."""
+    def _blocks(self, head: nn.Module) -> list[nn.Module]:
+        """The network's blocks, and its head if the network contains it."""
         is_inside = any(module is head for module in self.network.modules())
-        candidates = (
-            [*trainable.blocks(self.network, head), head] if is_inside else trainable.blocks(self.network)
-        )
-        called: list[nn.Module] = []
+        return [*trainable.blocks(self.network, head), head] if is_inside else trainable.blocks(self.network)
 
-        def note(block: nn.Module, inputs: Any) -> None:
-            if block not in called:
-                called.append(block)
-
-        handles = [block.register_forward_pre_hook(note) for block in candidates]
+    def _calls(self, modules: Sequence[nn.Module]) -> list[nn.Module]:
+        """Those of the modules that the network calls, in the order of the calls."""
+        calls: list[nn.Module] = []
+        handles = [
+            module.register_forward_pre_hook(lambda called, _: calls.append(called)) for module in modules
+        ]
         try:
             with torch.inference_mode():
-                self._run(self._probe)
+                self._inputs.run(self._probe)
         finally:
             for handle in handles:
                 handle.remove()
-        return called
+        return calls
 
     @property
     def _probe(self) -> torch.Tensor:
-        return torch.zeros((1, PROBE), dtype=torch.int64, device=_device(self.network))
+        return self._inputs.probe(_device(self.network))
 
     def _check(self, model: Model) -> None:
         """Raises ConfigError if dropout is active in the prefix, or the rest needs more than its states."""
@@ -133,52 +148,46 @@ class FrozenPrefix:
             trainable.training_mode(model)
             with global_stream(0, "dropout"):
                 drawn = self.states(self._probe[0])
-            self.network.eval()
+            model.eval()
             states = self.states(self._probe[0])
             if not torch.equal(drawn, states):
                 raise ConfigError(
                     "train.cached_states: dropout works below the first tuned block of this network; expected"
                     " train.dropout = 0, or no such key"
                 )
-            is_same = self._has_same_output(states[None].to(self._probe.device))
-        if not is_same:
-            raise ConfigError(
-                "train.cached_states: the tuned blocks of this network take more than the states of the block"
-                " below them; remove the key"
-            )
+            self._inputs.expect_states(states.shape)
+            ways = self._inputs.ways_to_skip(self.frozen, self._between)
+            has_way = any(self._can_skip(way, states) for way in ways)
+        if not has_way:
+            raise ConfigError(BEYOND)
 
-    def _has_same_output(self, states: torch.Tensor) -> bool:
-        """Whether the network has the same output for states as for the tokens they were computed from."""
+    def _can_skip(self, skipped: list[nn.Module], states: torch.Tensor) -> bool:
+        """Whether the network makes the same of states as of their input, if it skips these modules."""
+        self.skipped = skipped
+        placed = self._inputs.place_states(states[None]).to(self._probe.device)
         with torch.inference_mode():
-            whole = self._run(self._probe)[0]
+            whole = _tensors(self._inputs.run(self._probe))
             try:
-                return torch.equal(whole, self._run(states)[0])
+                rest = _tensors(self._inputs.run(placed))
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
                 return False  # It needs something else from the frozen blocks, which weren't run.
-
-    def _run(self, tokens_or_states: torch.Tensor) -> Any:
-        """The network's output for unpadded sequences of tokens [n, tokens] or states [n, tokens, width]."""
-        mask = torch.ones(tokens_or_states.shape[:2], dtype=torch.int64, device=tokens_or_states.device)
-        takes_cache = "use_cache" in inspect.signature(self.network.forward).parameters
-        return self.network(
-            input_ids=tokens_or_states, attention_mask=mask, **({"use_cache": False} if takes_cache else {})
-        )
+        return 0 < len(whole) == len(rest) and all(map(torch.equal, whole, rest))
 
     def _begin(self, network: nn.Module, args: Any, named: dict[str, Any]) -> Any:
-        """If the input is states, replace the frozen blocks by functions that return these states."""
-        states = named.get("input_ids")
-        if states is None or not states.is_floating_point():
+        """If the input is states, skip what is frozen: it returns something empty of the states' shape."""
+        states = self._inputs.states_in(args, named)
+        if states is None:
             return None
         self._local.states = states
+        empty = torch.zeros_like(states)  # The network may write into what it is given.
 
         def passed(*args: Any, **kwargs: Any) -> Any:
-            return states
+            return empty
 
-        for block in self.frozen:
+        for block in self.skipped:
             self._replaced.append((block, vars(block).get("forward")))
             block.forward = passed
-        ids = torch.zeros(states.shape[:-1], dtype=torch.int64, device=states.device)
-        return args, named | {"input_ids": ids}
+        return self._inputs.blank(states, args, named)
 
     def _end(self, network: nn.Module, args: Any, output: Any) -> None:
         self._local.states = None
@@ -209,6 +218,16 @@ def _modes_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _layers_outside(network: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The network's layers without layers of their own, such as a pooling, that belong to no block."""
+    inside = {module for block in blocks for module in block.modules()}
+    return [m for m in network.modules() if m not in inside and not any(True for _ in m.children())]
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_tuned(block: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from atoll.backbones.checkpoint import pretrained_names
 from atoll.backbones.dense_vision import (
     SIZE,
-    PictureEncoder,
+    WholePictures,
     calibrate_batch_norm,
     describe_size,
     fill_all_but_classes,
@@ -24,7 +24,7 @@ from atoll.backbones.dense_vision import (
     size_of,
     without_other_parts,
 )
-from atoll.backbones.encoder import Batch, Model
+from atoll.backbones.encoder import PIXELS, Batch, Model
 from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.small_vision import SEGMENTER, SmallPictureOptions, small_segmenter
@@ -62,14 +62,16 @@ class SegmentationOptions(Section):
 class Segmenter(Model):
     """A torchvision segmentation network or a SegFormer; the head is its pixel classifier."""
 
+    backbone: WholePictures
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits of every class at every pixel, [batch, classes, s, s]; SegFormer's are upsampled by 4."""
-        pixels = batch["pixel_values"]
-        logits = self.backbone.model(pixels)
+        logits = self.backbone.model(batch[PIXELS])
         if "out" in logits:
             scores: torch.Tensor = logits["out"]
             return scores
-        return nn.functional.interpolate(logits["logits"], pixels.shape[2:], mode="bilinear")
+        side = self.backbone.size
+        return nn.functional.interpolate(logits["logits"], (side, side), mode="bilinear")
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """The most likely class at every pixel, [batch, s, s]."""
@@ -184,7 +186,7 @@ class Segmentation(SchemaTask):
         size = size_of(job, backbone)
         if backbone.kind == "hf":
             segformer, mean, std = load_segformer(backbone, len(data_info["classes"]), job.seed)
-            encoder = PictureEncoder(segformer, size, mean, std)
+            encoder = WholePictures(segformer, size, mean, std)
             return Segmenter(
                 encoder, segformer.decode_head, pretrained_names(segformer, "decode_head", backbone)
             )
@@ -196,7 +198,7 @@ class Segmentation(SchemaTask):
         else:
             loaded = fill_all_but_classes(network, "classifier", backbone)
         head = network.get_submodule("classifier")
-        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head, loaded)
+        return Segmenter(WholePictures(network, size, IMAGENET_MEAN, IMAGENET_STD), head, loaded)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy: the mean over each example's labelled pixels, then over examples."""
