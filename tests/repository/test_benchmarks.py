@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import craft_messages, environments, head_tuning
+from benchmarks import cached_pictures, craft_messages, environments, head_tuning
 from benchmarks.environments import NotInstalled, environment_of
 from benchmarks.turns import Row, System, chosen, report, take_turns
 from benchmarks.workload import Workload, seconds_between
@@ -138,3 +139,22 @@ def test_a_way_to_compress_is_measured_on_the_job_as_its_file_is(tmp_path: Path)
     ]
     assert found[0].bytes_up == 4 * 1930 and found[1].bytes_up == 1930 + 4 * 8
     assert all(0 < one.accuracy <= 1 for one in found)
+
+
+def test_cached_pictures_times_systems_that_learn_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one batch, so that the order of pictures doesn't matter."""
+    monkeypatch.setenv("ATOLL_CACHE", str(tmp_path))
+    work = cached_pictures.Workload(
+        "torchvision:shufflenet_v2_x0_5", examples=3, layers=1, visits=2, threads=1
+    )
+    systems = [
+        cached_pictures.Plain(work), cached_pictures.Atoll(work, None),
+        cached_pictures.Atoll(work, "fp32", cold=True), cached_pictures.Atoll(work, "fp32"),
+    ]  # fmt: skip
+    start = systems[1].start
+    for system in systems:
+        assert system.seconds() > 0
+        assert all(not torch.equal(tensor, start[name]) for name, tensor in system.learnt.items())
+        torch.testing.assert_close(system.learnt, systems[0].learnt, rtol=1e-4, atol=1e-6)
