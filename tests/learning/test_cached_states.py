@@ -305,9 +305,12 @@ def test_heads_on_features_are_refused(folders: dict[str, Path]) -> None:
         at_work(job_of(folders, "text-classification", {"method": "head"}))
 
 
-def test_an_output_layer_that_is_tuned_alone_learns_from_the_last_states(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("task", ["language-modeling", "token-classification"])
+def test_an_output_layer_that_is_tuned_alone_learns_from_the_last_states(
+    folders: dict[str, Path], task: str
+) -> None:
     kept, whole = (
-        trained(*at_work(job_of(folders, tune={"method": "head"}, states=s, optimizer="sgd")))
+        trained(*at_work(job_of(folders, task, tune={"method": "head"}, states=s, optimizer="sgd")))
         for s in ("fp32", None)
     )
     torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-6)

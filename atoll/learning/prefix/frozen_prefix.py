@@ -38,8 +38,8 @@ class FrozenPrefix:
     """Splits one network into prefix and rest; from then on the network accepts states as well as inputs.
 
     Raises:
-        ConfigError: the network takes inputs of another kind, the first block is tuned or none is, the rest
-            uses more of the prefix than its last block's states, or dropout is active in the prefix.
+        ConfigError: the network takes inputs of another kind, its first block is tuned, the rest uses more
+            of the prefix than its last block's states, or dropout is active in the prefix.
     """
 
     def __init__(self, model: Model) -> None:
@@ -51,11 +51,12 @@ class FrozenPrefix:
         blocks = self._blocks(model.head)
         calls = self._calls([*blocks, *_layers_outside(self.network, blocks)])
         called = [block for block in dict.fromkeys(calls) if block in blocks]
-        self.frozen = called[: next((n for n, block in enumerate(called) if _is_tuned(block)), len(called))]
-        if not self.frozen or len(self.frozen) == len(called):
-            where = "first" if not self.frozen else "no"
+        # Where a head on top of the network is tuned alone, the last block is computed again.
+        last = len(called) - 1
+        self.frozen = called[: next((n for n, block in enumerate(called) if _is_tuned(block)), last)]
+        if not self.frozen:
             raise ConfigError(
-                f"train.cached_states: {where} block of this network is tuned, expected frozen blocks below"
+                "train.cached_states: the first block of this network is tuned, expected frozen blocks below"
                 " tuned ones; name fewer tune.layers, or remove the key"
             )
         self.first = called[len(self.frozen)]

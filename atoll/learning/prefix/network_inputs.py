@@ -90,6 +90,8 @@ class FixedInputs:
         self._model = model
         self._given = given
         self._states = torch.Size()
+        self._argument = torch.Size(given.shape)
+        """The shape in which the network is given an example's input; its encoder may turn it round."""
 
     def probe(self, device: torch.device) -> torch.Tensor:
         # Not zeros: a network may make zeros of them, which look like the absence of states.
@@ -97,11 +99,15 @@ class FixedInputs:
         return torch.linspace(-2, 2, numbers, device=device).view(1, *self._given.shape)
 
     def run(self, inputs: torch.Tensor) -> Any:
-        return self._model({self._given.name: inputs})
+        beside = {
+            name: torch.full((len(inputs),), value, device=inputs.device)
+            for name, value in self._given.beside.items()
+        }
+        return self._model({self._given.name: inputs} | beside)
 
     def ways_to_skip(self, blocks: list[nn.Module], layers: list[nn.Module]) -> list[list[nn.Module]]:
-        """All of them; else the blocks; else all but the first, which may make rows of a picture."""
-        return [[*blocks, *layers], blocks, *([blocks[1:]] if len(blocks) > 1 else [])]
+        """All; else the blocks; else not the first one or two, which may make rows of a picture or sound."""
+        return [[*blocks, *layers], blocks, *(blocks[n:] for n in (1, 2) if len(blocks) > n)]
 
     def expect_states(self, shape: torch.Size) -> None:
         self._states = shape
@@ -111,12 +117,15 @@ class FixedInputs:
 
     def states_in(self, args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor | None:
         given = args[0] if args else None
-        if not isinstance(given, torch.Tensor) or given.dim() != FLAT:
+        if not isinstance(given, torch.Tensor):
+            return None
+        if given.dim() != FLAT:
+            self._argument = given.shape[1:]
             return None
         return in_layout(given.reshape(-1, *self._states), self._given.layout)
 
     def blank(self, states: torch.Tensor, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        empty = states.new_zeros((len(states), *self._given.shape))
+        empty = states.new_zeros((len(states), *self._argument))
         return (in_layout(empty, self._given.layout), *args[1:]), named
 
 
@@ -133,5 +142,6 @@ def inputs_of(model: Model) -> NetworkInputs:
         return FixedInputs(model, encoder.fixed_input)
     raise ConfigError(
         "train.cached_states: states are kept of networks that read nothing but tokens (causal models,"
-        " encoders of texts) or pictures of one size (classifiers, segmenters), expected none for this one"
+        " encoders of texts), pictures of one size (classifiers, segmenters), or windows of sound (Whisper),"
+        " expected none for this one"
     )
