@@ -146,35 +146,35 @@ def chats(offline: bool = False, progress: Progress | None = None) -> dict[str, 
 
 
 def chat_replies(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
-    """What people of `chats` replied, beside what they replied to something else.
+    """Replies of people of `chats` that ask something back, each beside one of theirs that doesn't.
 
-    Columns prompt, chosen, rejected, sender, conversation. `rejected` is the reply of the same person that is
-    half as many replies away as there are of theirs, so it differs from `chosen` in what it answers and not
-    in who wrote it. Each person's first `CHATS_EACH` pairs of unlike replies are there.
+    Columns prompt, chosen, rejected, sender, conversation. A reply asks back if it has a question mark. What
+    is replied to is, in turn, what came before the chosen and before the rejected one, so it doesn't tell
+    them apart. Each person's first `CHATS_EACH` pairs are there, of people who have so many.
     """
     path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
     conversations = json.loads(path.read_bytes())
     counts = Counter(turn[0]["sender"] for each in conversations.values() for turn in each["messages"])
-    replies_of: dict[str, list[dict[str, str]]] = {}
+    replies_of: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {}
     for reply in _replies(conversations):
-        replies_of.setdefault(reply["sender"], []).append(reply)
+        asking, telling = replies_of.setdefault(reply["sender"], ([], []))
+        (asking if "?" in reply["answer"] else telling).append(reply)
     chosen: list[dict[str, str]] = []
-    for sender, replies in replies_of.items():
-        if counts[sender] >= MIN_TURNS:
-            others = replies[len(replies) // 2 :] + replies[: len(replies) // 2]
-            pairs = zip(replies, others, strict=True)
-            unlike = [pair for pair in pairs if pair[0]["answer"] != pair[1]["answer"]]
-            chosen += [_preference(*pair) for pair in unlike[:CHATS_EACH]]
+    for sender, (asking, telling) in replies_of.items():
+        if counts[sender] >= MIN_TURNS and min(len(asking), len(telling)) >= CHATS_EACH:
+            pairs = zip(asking[:CHATS_EACH], telling[:CHATS_EACH], strict=True)
+            chosen += [_preference(*pair, number % 2) for number, pair in enumerate(pairs)]
     return {"train": pa.Table.from_pylist(chosen)}
 
 
-def _preference(reply: dict[str, str], other: dict[str, str]) -> dict[str, str]:
+def _preference(asking: dict[str, str], telling: dict[str, str], place: int) -> dict[str, str]:
+    answered = (asking, telling)[place]
     return {
-        "prompt": reply["question"],
-        "chosen": reply["answer"],
-        "rejected": other["answer"],
-        "sender": reply["sender"],
-        "conversation": reply["conversation"],
+        "prompt": answered["question"],
+        "chosen": asking["answer"],
+        "rejected": telling["answer"],
+        "sender": answered["sender"],
+        "conversation": answered["conversation"],
     }
 
 

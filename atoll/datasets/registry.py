@@ -286,7 +286,7 @@ SOURCES = {
         Source(
             name="chat-replies",
             tasks=("preference",),
-            description="6,160 replies of these people, each beside one of theirs to something else",
+            description="4,440 replies of 222 of them that ask something back, each beside one that doesn't",
             licence=PACKAGES["chitchat-dataset"].licence,
             decode=chat_replies,
         ),
