@@ -22,16 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.datasets.synthetic.png import grey_png
 from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.learner import Learner
-from atoll.learning.prefix.kept_states import KeptStatesOfFixed
-from atoll.protocol.tensors import Tensors
 from atoll.tasks import task_named
-from benchmarks.cached_states import in_turns, show
+from benchmarks.cached_states import LocalTraining, in_turns, show
 
 BATCH = 8
 LR = 1e-2
@@ -72,47 +69,19 @@ class Workload:
         return Shard(pictures, torch.arange(self.examples) % 2, keys)
 
 
-class Atoll:
-    """A client's local training, as a round does it; `cold` begins each time without kept states."""
-
-    def __init__(self, work: Workload, states: str | None, *, cold: bool = False) -> None:
-        job = work.job(states)
-        self.learner = Learner.of(job, task_named(job.task.name), {"classes": list(CLASSES)})
-        self.shard = work.shard()
-        self.start: Tensors = self.learner.initial()
-        self.cold = cold
-
-    def seconds(self) -> float:
-        if not self.cold:
-            return self._trained()
-        with tempfile.TemporaryDirectory() as folder:
-            self.keep_in(Path(folder))
-            return self._trained()
-
-    def keep_in(self, folder: Path) -> None:
-        kept = self.learner.kept_states
-        assert isinstance(kept, KeptStatesOfFixed)
-        kept.states.cache.folder = folder
-        kept.states.cache._parts.clear()
-
-    def _trained(self) -> float:
-        begun = time.perf_counter()
-        update = train_model(
-            self.learner, self.start, self.shard, self.learner.job, client="c", round=1, plan={}
-        )
-        seconds = time.perf_counter() - begun
-        self.learnt = {name: self.start[name] + delta for name, delta in update.delta.items()}
-        return seconds
+def learner_and_shard(work: Workload, states: str | None) -> tuple[Learner, Shard]:
+    job = work.job(states)
+    return Learner.of(job, task_named(job.task.name), {"classes": list(CLASSES)}), work.shard()
 
 
 class Plain:
     """The same network in a loop of torch's over batches that lie in memory."""
 
     def __init__(self, work: Workload) -> None:
-        atoll = Atoll(work, None)
-        self.work, self.model = work, atoll.learner.model
-        self.pixels = atoll.learner.collate(atoll.shard, range(work.examples))["pixel_values"]
-        self.targets = atoll.shard.targets_of(range(work.examples))
+        learner, shard = learner_and_shard(work, None)
+        self.work, self.model = work, learner.model
+        self.pixels = learner.collate(shard, range(work.examples))["pixel_values"]
+        self.targets = shard.targets_of(range(work.examples))
 
     def seconds(self) -> float:
         torch.set_num_threads(self.work.threads)
@@ -145,12 +114,12 @@ def main() -> None:
     work = Workload(**given)
     torch.set_num_threads(work.threads)
     with tempfile.TemporaryDirectory() as folder:
-        warm = Atoll(work, "fp32")
+        warm = LocalTraining(*learner_and_shard(work, "fp32"))
         warm.keep_in(Path(folder))
         systems: dict[str, Any] = {
             PLAIN: Plain(work),
-            "whole network": Atoll(work, None),
-            "kept, cold": Atoll(work, "fp32", cold=True),
+            "whole network": LocalTraining(*learner_and_shard(work, None)),
+            "kept, cold": LocalTraining(*learner_and_shard(work, "fp32"), cold=True),
             "kept, warm": warm,
         }
         warm.learner.keep_states(warm.shard)

@@ -33,7 +33,7 @@ from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.learning.prefix.kept_states import KeptStatesOfTokens
+from atoll.learning.prefix.kept_states import KeptStatesOfFixed, KeptStatesOfTokens
 from atoll.protocol.tensors import Tensors
 from atoll.tasks.language_modeling.causal import KIND
 from atoll.tasks.language_modeling.task import LANGUAGE_MODELING
@@ -93,28 +93,37 @@ def learner_and_shard(work: Workload, states: str | None) -> tuple[Learner, Shar
     return learner, learner.task.shard(dataset, {})
 
 
-class Atoll:
+class LocalTraining:
     """A client's local training, as a round does it; `cold` begins each time without kept states."""
 
-    def __init__(self, work: Workload, states: str | None, *, cold: bool = False) -> None:
-        self.learner, self.shard = learner_and_shard(work, states)
-        self.start: Tensors = self.learner.initial()
-        self.cold = cold
+    def __init__(self, learner: Learner, shard: Shard, *, cold: bool = False) -> None:
+        self.learner, self.shard, self.cold = learner, shard, cold
+        self.start: Tensors = learner.initial()
+        self.learnt: Tensors = {}
 
     def seconds(self) -> float:
         if not self.cold:
             return self._trained()
         with tempfile.TemporaryDirectory() as folder:
-            kept = self.learner.kept_states
-            assert isinstance(kept, KeptStatesOfTokens)
-            kept.cache.cache.folder = Path(folder)
-            kept.cache.cache._parts.clear()
+            self.keep_in(Path(folder))
             return self._trained()
+
+    def keep_in(self, folder: Path) -> None:
+        """From now on keep states in a folder, and forget those that were mapped."""
+        kept = self.learner.kept_states
+        assert isinstance(kept, KeptStatesOfTokens | KeptStatesOfFixed)
+        cache = kept.cache.cache if isinstance(kept, KeptStatesOfTokens) else kept.states.cache
+        cache.folder = folder
+        cache._parts.clear()
 
     def _trained(self) -> float:
         begun = time.perf_counter()
-        train_model(self.learner, self.start, self.shard, self.learner.job, client="c", round=1, plan={})
-        return time.perf_counter() - begun
+        update = train_model(
+            self.learner, self.start, self.shard, self.learner.job, client="c", round=1, plan={}
+        )
+        seconds = time.perf_counter() - begun
+        self.learnt = {name: self.start[name] + delta for name, delta in update.delta.items()}
+        return seconds
 
 
 class Plain:
@@ -175,13 +184,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         systems: dict[str, Any] = {
             PLAIN: Plain(work),
-            "whole network": Atoll(work, None),
-            "kept, cold": Atoll(work, work.precision, cold=True),
-            "kept, warm": Atoll(work, work.precision),
+            "whole network": LocalTraining(*learner_and_shard(work, None)),
+            "kept, cold": LocalTraining(*learner_and_shard(work, work.precision), cold=True),
+            "kept, warm": LocalTraining(*learner_and_shard(work, work.precision)),
         }
-        warm = systems["kept, warm"].learner.kept_states
-        warm.cache.cache.folder = Path(folder)
-        systems["kept, warm"].learner.keep_states(systems["kept, warm"].shard)
+        warm = systems["kept, warm"]
+        warm.keep_in(Path(folder))
+        warm.learner.keep_states(warm.shard)
         show(work, in_turns({name: one.seconds for name, one in systems.items()}, repeats), PLAIN)
 
 

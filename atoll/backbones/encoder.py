@@ -49,7 +49,7 @@ class FixedInput:
     shape: tuple[int, ...]
     layout: torch.memory_format = torch.contiguous_format
     beside: Mapping[str, int] = field(default_factory=dict)
-    """What else is in a batch, [batch], for no eyes of the network: by name what it can be of an input."""
+    """Other entries of a batch, [batch], that the network doesn't read: a possible value of each, by name."""
 
 
 def in_layout(tensor: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

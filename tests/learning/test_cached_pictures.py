@@ -14,7 +14,6 @@ from atoll.backbones.dense_vision import PictureEncoder, WholePictures
 from atoll.backbones.encoder import Model
 from atoll.backbones.vision import VisionEncoder, torchvision_trunk
 from atoll.client.dp.dp_sgd_model import train_privately
-from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.datasets.synthetic.shapes import generated_shapes
 from atoll.errors import ConfigError
@@ -32,6 +31,7 @@ from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
 from atoll.tasks.segmentation.task import Segmenter
 from tests.client.dp.test_private_training import private
+from tests.learning.test_cached_states import assert_same_bits, trained
 from tests.support.small import grey_png_shard, image_job
 from tests.support.task_jobs import TABLES
 
@@ -70,14 +70,6 @@ def at_work(job: Job, count: int = 9) -> tuple[Learner, Shard]:
     return learner, grey_png_shard(count, classes=len(CLASSES))
 
 
-def trained(learner: Learner, shard: Shard) -> Tensors:
-    """An update and a measurement, all in one."""
-    tensors = learner.initial()
-    update = train_model(learner, tensors, shard, learner.job, client="c", round=1, plan={})
-    moved = {name: tensor + update.delta[name] for name, tensor in tensors.items()}
-    return update.delta | learner.evaluate(moved, shard)
-
-
 def without_disk(learner: Learner) -> None:
     """Let the learner compute every picture's states whenever a batch needs them, and keep none."""
     kept = learner.kept_states
@@ -90,11 +82,6 @@ def without_disk(learner: Learner) -> None:
 
     object.__setattr__(kept, "in_place_of_inputs", each)
     object.__setattr__(kept, "keep", lambda count, batch_of: None)
-
-
-def assert_same_bits(found: Tensors, expected: Tensors) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("tune", [LAST_K, LORA], ids=["last-k", "lora"])
