@@ -52,6 +52,7 @@ class ClippingScales:
 
     def __init__(self, adaptive: AdaptiveNorm, clients: Sequence[str], steps: int) -> None:
         self.adaptive = adaptive
+        self.clients = clients
         self.now = [adaptive.begin.get(client, 1.0) for client in clients]
         self._noise = [
             Lattice(adaptive.count_deviation, adaptive.random_bits(client)).noise(steps).tolist()

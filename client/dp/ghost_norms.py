@@ -27,6 +27,7 @@ from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from torch import nn
 
 from atoll.backbones.encoder import Batch, Model
+from atoll.client.dp import convolutions  # noqa: F401  # a rule of Opacus' that it replaces
 from atoll.client.dp.per_example_gradients import Loss, PerExampleGradients, nothing_in_place, unhook
 from atoll.learning import trainable
 from atoll.protocol.tensors import Tensors

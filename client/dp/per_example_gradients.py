@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll.backbones.checkpoint import force_attention_mask
 from atoll.backbones.encoder import Batch, Model
+from atoll.client.dp import convolutions  # noqa: F401  # a rule of Opacus' that it replaces
 from atoll.learning import trainable
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

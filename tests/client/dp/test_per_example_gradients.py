@@ -129,3 +129,32 @@ def test_layers_work_in_place_again_afterwards_also_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="halfway"):
         fail()
     assert model.relu.inplace and left_on(model) == before
+
+
+class Seeing(nn.Module):
+    """Two convolutions of pictures in channels-last layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.second = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        pictures = batch["x"].contiguous(memory_format=torch.channels_last)
+        return cast("torch.Tensor", self.last(self.second(self.first(pictures).relu()).mean((2, 3))))
+
+
+def test_pictures_in_channels_last_layout_have_the_gradients_that_they_have_one_by_one() -> None:
+    """Opacus' own rule for convolutions reads other numbers of a picture there."""
+    model: Any = Seeing()
+    pictures = torch.randn(3, 3, 9, 9, generator=torch.Generator().manual_seed(3))
+    expected: dict[str, list[torch.Tensor]] = {}
+    for row in range(len(TARGETS)):
+        loss = cross_entropy(model({"x": pictures[row : row + 1]}), TARGETS[row : row + 1])
+        each = torch.autograd.grad(loss, list(model.parameters()))
+        for (name, _), gradient in zip(model.named_parameters(), each, strict=True):
+            expected.setdefault(name, []).append(gradient)
+    with per_example_gradients(model, cross_entropy, hooks=True) as gradients:
+        found = gradients({"x": pictures}, TARGETS)
+    torch.testing.assert_close(found, {n: torch.stack(rows) for n, rows in expected.items()})
