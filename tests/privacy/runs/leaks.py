@@ -30,6 +30,7 @@ import atoll.client.dp.dp_sgd_model
 import atoll.client.heads.train
 import atoll.privacy.central
 import atoll.server.rounds.central_dp
+from atoll.client.dp.adaptive_norms import ClippingScales
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.heads.layers import Layers
@@ -152,10 +153,13 @@ def watched(leaving: Leaving) -> Iterator[None]:
         leaving.sums[("fraction",)].append(np.array([float(within)]))
         return 0.5
 
-    def count(within: int, drawn: int, **more: Any) -> float:
-        leaving.sums[("count",)].append(np.array([within - drawn / 2]))
-        return 0.25
+    def counts(scales: ClippingScales, within: torch.Tensor, drawn: torch.Tensor) -> None:
+        counted(scales, within, drawn)
+        # By client: who trains together, and in which order, goes by how many examples each has.
+        for client, (inside, of) in zip(scales.clients, scales._counts, strict=False):
+            leaving.sums[("count", client)].append(np.array([inside - of / 2]))
 
+    counted = ClippingScales.count
     plain, made = FixedPointCodec.integers, atoll.client.dp.dp_sgd_model._Noise.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lattice, "added", central)
@@ -164,7 +168,8 @@ def watched(leaving: Leaving) -> Iterator[None]:
         patch.setattr(atoll.client.heads.train, "stacked_noise", heads)
         patch.setattr(FixedPointCodec, "integers", integers)
         patch.setattr(atoll.privacy.central, "noised_fraction", fraction)
-        patch.setattr(atoll.client.dp.adaptive_norms, "noised_fraction", count)
+        patch.setattr(ClippingScales, "count", counts)
+        patch.setattr(atoll.client.dp.adaptive_norms, "noised_fraction", lambda *args, **more: 0.25)
         patch.setattr(atoll.server.rounds.central_dp, "entropy", seeded(1))  # who is asked is no data's doing
         yield
 
