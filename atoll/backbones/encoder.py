@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from atoll.errors import ConfigError
+
 if TYPE_CHECKING:
     from atoll.plugins import Extension
 
@@ -53,8 +55,22 @@ class FixedInput:
 
 
 def in_layout(tensor: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
-    """The tensor in this memory layout; layouts other than the usual one are for four dimensions only."""
-    return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor.contiguous()
+    """The tensor in this memory layout; layouts other than the usual one are for four dimensions only.
+
+    Raises:
+        ConfigError: torch.func, which has no other layouts, computes many clients or examples at once.
+    """
+    if tensor.dim() != 4:
+        return tensor.contiguous()
+    try:
+        return tensor.contiguous(memory_format=layout)
+    except RuntimeError as error:
+        if "inside of vmap" not in str(error) and "inside vmap" not in str(error):
+            raise
+        raise ConfigError(
+            "backbone.channels_last: torch.func has no such layout, and --engine cohort, or private steps of"
+            " a network that Opacus has no rule for, compute with it; expected false"
+        ) from error
 
 
 class Encoder(nn.Module):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 
 from atoll.backbones.checkpoint import load_weights
-from atoll.backbones.encoder import Encoder
+from atoll.backbones.encoder import Encoder, in_layout
 from atoll.backbones.extract import BATCH, extract
 from atoll.backbones.resolve import resolve
 from atoll.backbones.text import load_text_encoder
@@ -415,3 +415,13 @@ def test_a_text_model_is_refused_for_images_and_a_vision_model_for_texts(tmp_pat
     vision = BackboneSection(name="torchvision:squeezenet1_1", weights="random")
     with pytest.raises(WeightsError, match="does not read text"):
         load_text_encoder(resolve(vision, 1), vision, 1)
+
+
+def test_a_layout_that_many_clients_at_once_cannot_have_is_refused_by_its_key() -> None:
+    """By `--engine cohort`, and by private steps of a network that Opacus has no rule for."""
+    pictures = torch.zeros(2, 3, 3, 4, 4)
+    with pytest.raises(ConfigError, match=r"backbone\.channels_last: torch\.func has no such layout"):
+        torch.func.vmap(lambda one: in_layout(one, torch.channels_last))(pictures)
+    plain = torch.func.vmap(lambda one: in_layout(one, torch.contiguous_format))(pictures)
+    assert torch.equal(plain, pictures)
+    assert in_layout(pictures[0], torch.channels_last).is_contiguous(memory_format=torch.channels_last)
