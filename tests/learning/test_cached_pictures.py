@@ -20,7 +20,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.feature_cache import FeatureCache
 from atoll.learning.learner import Learner
-from atoll.learning.prefix.fixed_states import FixedStates
+from atoll.learning.prefix.fixed_states import FixedStates, input_keys
 from atoll.learning.prefix.frozen_prefix import FrozenPrefix
 from atoll.learning.prefix.kept_states import KeptStatesOfFixed
 from atoll.learning.trainable import _last_blocks as last_blocks
@@ -170,14 +170,15 @@ def test_states_come_back_in_order_rounded_to_their_dtype(
 ) -> None:
     cache, draw = FixedStates(FeatureCache(tmp_path), dtype), torch.Generator().manual_seed(0)
     inputs, states = torch.rand(5, 3, 2, generator=draw), torch.rand(5, 1, numbers, generator=draw)
-    assert list(cache.missing(inputs[[0, 1, 1, 2]]).values()) == [0, 1, 3]
-    cache.keep(inputs[:3], lambda part: list(states[: len(part)]))
-    cache.keep(inputs[3:], lambda part: list(states[3:]))
-    assert cache.missing(inputs) == {}
-    found = cache.take(inputs[[4, 0, 2, 0]])
+    keys = input_keys(inputs)
+    assert list(cache.missing([keys[n] for n in (0, 1, 1, 2)]).values()) == [0, 1, 3]
+    cache.keep(keys[:3], inputs[:3], lambda part: list(states[: len(part)]))
+    cache.keep(keys[3:], inputs[3:], lambda part: list(states[3:]))
+    assert cache.missing(keys) == {}
+    found = cache.take([keys[n] for n in (4, 0, 2, 0)])
     assert torch.equal(found[:, :numbers], states[[4, 0, 2, 0], 0].to(dtype).float())
     with pytest.raises(KeyError):
-        cache.take(inputs + 1)
+        cache.take(input_keys(inputs + 1))
 
 
 DRAWING = ("Dropout", "StochasticDepth", "Dinov2DropPath", "BeitDropPath", "ConvNextDropPath")

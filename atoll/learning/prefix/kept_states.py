@@ -11,7 +11,7 @@ import torch
 from atoll.backbones.encoder import Batch, FixedBatch, FixedInput, Model
 from atoll.backbones.extract import Progress
 from atoll.learning.feature_cache import FeatureCache
-from atoll.learning.prefix.fixed_states import FixedStates
+from atoll.learning.prefix.fixed_states import FixedStates, input_keys
 from atoll.learning.prefix.frozen_prefix import FrozenPrefix
 from atoll.learning.prefix.state_cache import PIECE, StateCache, sequences_of
 
@@ -101,19 +101,22 @@ class KeptStatesOfFixed(KeptStates):
     def keep(self, count: int, batch_of: BatchOf) -> None:
         missing: dict[bytes, int] = {}
         for rows in _parts(range(count)):
-            inputs = batch_of(rows)[self.given.name]
-            missing |= {key: rows[place] for key, place in self.states.missing(inputs).items()}
-        compute = self._computing(len(missing))
-        for part in _parts(list(missing.values())):
-            self.states.keep(batch_of(part)[self.given.name], compute)
+            keys = input_keys(batch_of(rows)[self.given.name])
+            missing |= {key: rows[place] for key, place in self.states.missing(keys).items()}
+        compute, absent = self._computing(len(missing)), list(missing)
+        for places in _parts(range(len(absent))):
+            part = [absent[place] for place in places]
+            inputs = batch_of([missing[key] for key in part])[self.given.name]
+            self.states.keep(part, inputs, compute)
 
     def in_place_of_inputs(self, batch: Batch) -> Batch:
         """The batch with each example's states, flattened, in its input's place: [n, 1, 1, 1, numbers]."""
         inputs = batch[self.given.name]
-        missing = self.states.missing(inputs)
+        keys = input_keys(inputs)
+        missing = self.states.missing(keys)
         if missing:
-            self.states.keep(inputs[list(missing.values())], self._computing(len(missing)))
-        return batch | {self.given.name: self.prefix.placed(self.states.take(inputs))}
+            self.states.keep(list(missing), inputs[list(missing.values())], self._computing(len(missing)))
+        return batch | {self.given.name: self.prefix.placed(self.states.take(keys))}
 
 
 def kept_states(
