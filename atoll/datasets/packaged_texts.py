@@ -134,7 +134,7 @@ def chats(offline: bool = False, progress: Progress | None = None) -> dict[str, 
     """
     path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
     conversations = json.loads(path.read_bytes())
-    counts = Counter(turn[0]["sender"] for each in conversations.values() for turn in each["messages"])
+    counts = _turns_said(conversations)
     chosen: list[dict[str, Any]] = []
     replies_of: Counter[str] = Counter()
     for name, conversation in conversations.items():
@@ -154,7 +154,7 @@ def chat_replies(offline: bool = False, progress: Progress | None = None) -> dic
     """
     path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
     conversations = json.loads(path.read_bytes())
-    counts = Counter(turn[0]["sender"] for each in conversations.values() for turn in each["messages"])
+    counts = _turns_said(conversations)
     replies_of: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {}
     for reply in _replies(conversations):
         asking, telling = replies_of.setdefault(reply["sender"], ([], []))
@@ -176,6 +176,11 @@ def _preference(asking: dict[str, str], telling: dict[str, str], place: int) -> 
         "sender": answered["sender"],
         "conversation": answered["conversation"],
     }
+
+
+def _turns_said(conversations: dict[str, Any]) -> Counter[str]:
+    """How many turns each person said in all conversations."""
+    return Counter(turn[0]["sender"] for each in conversations.values() for turn in each["messages"])
 
 
 def _pieces(turns: list[list[dict[str, str]]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
